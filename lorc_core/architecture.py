@@ -1,0 +1,115 @@
+"""What lorc must know of a model, from its config alone.
+
+Shapes of the cache, whether keys are rotated, and where the key and value projections live. One row of
+`FAMILIES` per model type; nothing here reads a weight.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from transformers import PreTrainedConfig
+
+from lorc_core.errors import UnsupportedModelError
+
+Kind = Literal["keys", "values"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# Rotary kinds whose angles depend on the position alone; `dynamic` and `longrope` also depend on the length.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a model type keeps its attention, relative to `model.base_model`.
+
+    `bias` is the config field that says whether projections have one, or the fact itself.
+    """
+
+    attention: str
+    rotary: bool
+    bias: str | bool
+
+
+FAMILIES = {
+    "llama": Family(attention="layers.{}.self_attn", rotary=True, bias="attention_bias"),
+    "mistral": Family(attention="layers.{}.self_attn", rotary=True, bias=False),
+    "opt": Family(attention="decoder.layers.{}.self_attn", rotary=False, bias="enable_bias"),
+    "qwen2": Family(attention="layers.{}.self_attn", rotary=True, bias=True),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The facts of one model that decide the shape of its cache."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary: bool
+    bias: bool
+
+    @property
+    def kv_width(self) -> int:
+        """Floats cached per token, layer and kind by the untouched model."""
+        return self.num_kv_heads * self.head_dim
+
+    def attention_module(self, layer_idx: int) -> str:
+        """Path of a layer's attention module below `model.base_model`."""
+        return FAMILIES[self.model_type].attention.format(layer_idx)
+
+    def weight_name(self, layer_idx: int, kind: Kind) -> str:
+        """Name of the (kv_width, hidden_size) projection weight, below `model.base_model`."""
+        return f"{self.attention_module(layer_idx)}.{kind[0]}_proj.weight"
+
+    def bias_name(self, layer_idx: int, kind: Kind) -> str | None:
+        """Name of the (kv_width,) bias, or None where the projection has none."""
+        return f"{self.attention_module(layer_idx)}.{kind[0]}_proj.bias" if self.bias else None
+
+    def tensor_names(self) -> list[str]:
+        """Every tensor that a weights-only decomposition reads."""
+        names = []
+        for layer_idx in range(self.num_layers):
+            for kind in KINDS:
+                names.append(self.weight_name(layer_idx, kind))
+                bias = self.bias_name(layer_idx, kind)
+                names += [bias] if bias else []
+        return names
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """Read the facts from a transformers config.
+
+    Args:
+        config: Config of a causal language model.
+
+    Raises:
+        UnsupportedModelError: The model type or its rotary scaling is not one lorc knows.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+        )
+    if family.rotary:
+        rope_type = config.rope_parameters["rope_type"]
+        if rope_type not in ROPE_TYPES:
+            raise UnsupportedModelError(
+                f"{config.model_type}: rope type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
+            )
+    num_heads = config.num_attention_heads
+    return Architecture(
+        model_type=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        rotary=family.rotary,
+        bias=family.bias if isinstance(family.bias, bool) else bool(getattr(config, family.bias)),
+    )

@@ -1,0 +1,136 @@
+"""Read single tensors from a local safetensors checkpoint, never the whole model.
+
+Also the identity of a checkpoint's content, so that what was computed from one model is never taken for
+another's. Fetching from a hub is left to the pipeline.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from lorc_core.errors import ArtifactError, ConfigError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+SAMPLED_BYTES = 4096  # of every tensor, so that a fine-tune that left keys and values alone is told apart
+
+
+class WeightSource(Protocol):
+    """Anything that hands out a model's tensors by their names below `model.base_model`."""
+
+    def read(self, name: str) -> Float[Tensor, "..."]: ...
+
+
+class LoadedWeights:
+    """The tensors of a model in memory."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.tensors = dict(model.base_model.named_parameters())
+
+    def read(self, name: str) -> Float[Tensor, "..."]:
+        return self.tensors[name].detach()
+
+
+class Checkpoint:
+    """The tensors of a transformers directory with safetensors, sharded or single.
+
+    Args:
+        directory: Holds `config.json` and `model.safetensors` or shards with their index.
+
+    Raises:
+        ConfigError: The directory does not exist.
+        ArtifactError: A file is missing, truncated, or only pickles are there.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        if not directory.is_dir():
+            raise ConfigError(f"model directory {directory} does not exist")
+        if not (directory / "config.json").is_file():
+            raise ArtifactError(f"{directory}: no config.json; a model directory holds one beside its safetensors")
+        self.directory = directory
+        self.headers = {path: read_header(path) for path in weight_files(directory)}
+        self.file_of = {name: path for path, header in self.headers.items() for name in header}
+
+    def read(self, name: str) -> Float[Tensor, "..."]:
+        """The tensor called `name` below the base model, in the checkpoint's dtype.
+
+        Raises:
+            ArtifactError: No tensor, or more than one, has that name.
+        """
+        full_name = self._full_name(name)
+        with safe_open(self.file_of[full_name], framework="pt") as file:
+            return file.get_tensor(full_name)
+
+    def fingerprint(self, names: Iterable[str]) -> str:
+        """Hash of the config, all headers, a sample of every tensor and all bytes of `names`."""
+        whole = {self._full_name(name) for name in names}
+        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        for path, header in sorted(self.headers.items()):
+            digest.update(json.dumps([path.name, header], sort_keys=True).encode())
+            with path.open("rb") as file:
+                data_start = 8 + int.from_bytes(file.read(8), "little")
+                for name in sorted(header):
+                    begin, end = header[name]["data_offsets"]
+                    file.seek(data_start + begin)
+                    digest.update(file.read(end - begin if name in whole else min(end - begin, SAMPLED_BYTES)))
+        return digest.hexdigest()
+
+    def _full_name(self, name: str) -> str:
+        """Checkpoints differ in the prefix of their names ("model.", none); match on the end."""
+        matches = [full for full in self.file_of if full == name or full.endswith(f".{name}")]
+        if len(matches) != 1:
+            found = f"{len(matches)} tensors match: {matches}" if matches else "no tensor has that name"
+            raise ArtifactError(f"{self.directory}: tensor {name}: {found}")
+        return matches[0]
+
+
+def read_config(directory: Path, **kwargs: bool) -> PreTrainedConfig:
+    """The transformers config of a local directory or of a config.json file.
+
+    Raises:
+        ArtifactError: The file is absent or is not a config that transformers knows.
+    """
+    try:
+        return AutoConfig.from_pretrained(directory, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{directory}: config cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, checked to be there."""
+    index = directory / INDEX_FILE
+    if index.is_file():
+        paths = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    elif (directory / SINGLE_FILE).is_file():
+        paths = [directory / SINGLE_FILE]
+    elif pickles := sorted(path.name for path in directory.glob("*.bin")):
+        raise ArtifactError(
+            f"{directory}: only pickled weights ({pickles[0]}); loading a pickle runs code from the file, so it is "
+            "refused. Convert once where you trust it: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        )
+    else:
+        raise ArtifactError(f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE}")
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise ArtifactError(f"{directory}: shard {missing[0]} is named in {INDEX_FILE} but absent")
+    return paths
+
+
+def read_header(path: Path) -> dict[str, dict]:
+    """Tensor name -> dtype, shape and data_offsets; safetensors itself checks that the file is whole."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ArtifactError(f"{path}: not a whole safetensors file ({error})") from error
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    return header

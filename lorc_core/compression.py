@@ -1,0 +1,154 @@
+"""Compress one model on one machine: decompose every layer, choose ranks, build the variant.
+
+The pipeline runs the same functions as separate steps on many machines.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
+from lorc_core.checkpoint import Checkpoint, LoadedWeights, WeightSource, read_config
+from lorc_core.errors import ConfigError, NumericsError
+from lorc_core.projection import Decomposition, Factors, decompose
+from lorc_core.schedule import SCHEDULES, LayerSpectrum, RankSchedule, Schedule
+from lorc_core.variant import BaseModel, Variant
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published way to decompose, and the schedule its source uses with it."""
+
+    name: str
+    schedule: str
+    source: str
+
+
+METHODS = {
+    "lorc": Method("lorc", schedule="progressive", source="LoRC, arXiv 2410.03111: SVD of W_k and W_v"),
+}
+
+LayerDecomposition = dict[Kind, Decomposition]
+
+
+def known_method(name: str) -> Method:
+    """The method of that name; ConfigError with the known names otherwise."""
+    if name not in METHODS:
+        raise ConfigError(f"method {name!r} is not known; known are {', '.join(sorted(METHODS))}")
+    return METHODS[name]
+
+
+def known_schedule(name: str) -> Schedule:
+    """The schedule of that name with its default fields; ConfigError with the known names otherwise."""
+    if name not in SCHEDULES:
+        raise ConfigError(f"schedule {name!r} is not known; known are {', '.join(sorted(SCHEDULES))}")
+    return SCHEDULES[name]()
+
+
+def decompose_layer(source: WeightSource, architecture: Architecture, layer_idx: int) -> LayerDecomposition:
+    """All projections of one layer's keys and values, from that layer's weights.
+
+    Args:
+        source: Where the weights are; only this layer's are read.
+
+    Raises:
+        NumericsError: A weight holds NaN or infinity; the message names layer and kind.
+        ArtifactError: A tensor is absent.
+    """
+    layer: LayerDecomposition = {}
+    for kind in KINDS:
+        bias_name = architecture.bias_name(layer_idx, kind)
+        weight = source.read(architecture.weight_name(layer_idx, kind))
+        if tuple(weight.shape) != (architecture.kv_width, architecture.hidden_size):
+            raise ConfigError(
+                f"layer {layer_idx} {kind}: weight is {tuple(weight.shape)}, the config says "
+                f"({architecture.kv_width}, {architecture.hidden_size})"
+            )
+        try:
+            layer[kind] = decompose(weight, source.read(bias_name) if bias_name else None)
+        except NumericsError as error:
+            raise NumericsError(f"layer {layer_idx} {kind}: {error}") from error
+    return layer
+
+
+def layer_spectrum(layer: LayerDecomposition) -> LayerSpectrum:
+    """What the schedules need of a decomposed layer."""
+    return LayerSpectrum(
+        kv_width=layer["keys"].basis.shape[0],
+        keys_log10_condition=layer["keys"].log10_condition,
+        values_log10_condition=layer["values"].log10_condition,
+    )
+
+
+def slice_layer(
+    layer: LayerDecomposition, layer_idx: int, ranks: RankSchedule, dtype: torch.dtype
+) -> dict[Kind, Factors | None]:
+    """The factors of one layer at its scheduled ranks; None where the full width is kept."""
+    chosen = {"keys": ranks.layers[layer_idx].keys, "values": ranks.layers[layer_idx].values}
+    return {
+        kind: None if chosen[kind] == ranks.kv_width else in_dtype(layer[kind].factors(chosen[kind]), dtype)
+        for kind in KINDS
+    }
+
+
+def in_dtype(factors: Factors, dtype: torch.dtype) -> Factors:
+    up = factors.up.to(dtype)
+    return Factors(up=up, down=up.T, offset=None if factors.offset is None else factors.offset.to(dtype))
+
+
+def compress(
+    model_or_dir: PreTrainedModel | Path | str,
+    method: str = "lorc",
+    kept_fraction: float = 0.5,
+    schedule: str | Schedule = "progressive",
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Variant:
+    """Compress a model's key-value cache without data or training.
+
+    Args:
+        model_or_dir: A loaded model, or a transformers directory with safetensors, of which only the key and value
+            projections are read.
+        method: A name in `METHODS`.
+        kept_fraction: Share of the cached floats to keep, in (0, 1].
+        schedule: A schedule, or the name of one with its default fields. The default is the source's own.
+        dtype: That of the stored factors; `attach` casts them to the model's.
+
+    Raises:
+        ConfigError: An argument is out of range, or the directory does not exist.
+        ArtifactError: The checkpoint cannot be read.
+        UnsupportedModelError: lorc does not know the architecture.
+        NumericsError: A weight holds NaN or infinity, or is rank-deficient under the progressive schedule.
+    """
+    known_method(method)
+    chosen = known_schedule(schedule) if isinstance(schedule, str) else schedule
+    source: WeightSource
+    if isinstance(model_or_dir, PreTrainedModel):
+        architecture = architecture_of(model_or_dir.config)
+        source = LoadedWeights(model_or_dir)
+        base = BaseModel(source=model_or_dir.config.name_or_path, revision=None, fingerprint=None)
+    else:
+        directory = Path(model_or_dir).resolve()
+        source = Checkpoint(directory)
+        architecture = architecture_of(read_config(directory))
+        fingerprint = source.fingerprint(architecture.tensor_names())
+        base = BaseModel(source=str(directory), revision=None, fingerprint=fingerprint)
+    layers = [decompose_layer(source, architecture, layer_idx) for layer_idx in range(architecture.num_layers)]
+    return build_variant(base, architecture, method, chosen, layers, kept_fraction, dtype)
+
+
+def build_variant(
+    base: BaseModel,
+    architecture: Architecture,
+    method: str,
+    schedule: Schedule,
+    layers: Sequence[LayerDecomposition],
+    kept_fraction: float,
+    dtype: torch.dtype,
+) -> Variant:
+    ranks = schedule.ranks([layer_spectrum(layer) for layer in layers], kept_fraction)
+    factors = tuple(slice_layer(layer, layer_idx, ranks, dtype) for layer_idx, layer in enumerate(layers))
+    return Variant(base, architecture, method, asdict(schedule), ranks, factors)

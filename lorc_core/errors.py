@@ -1,0 +1,21 @@
+"""The errors of lorc, named by who must act; each is also the builtin it resembles."""
+
+
+class LorcError(Exception):
+    """Any foreseen failure. Its message is one line that says what was got and what is allowed."""
+
+
+class ConfigError(LorcError, ValueError):
+    """The caller must change the zoo file or an argument."""
+
+
+class UnsupportedModelError(LorcError, NotImplementedError):
+    """Someone must teach the project this architecture."""
+
+
+class NumericsError(LorcError, ArithmeticError):
+    """The numbers are unusable; a retry cannot help."""
+
+
+class ArtifactError(LorcError):
+    """A file is absent, unfinished, altered or of another schema."""

@@ -1,0 +1,48 @@
+"""Bytes of a key-value cache: predicted from shapes, and measured from the tensors held."""
+
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+from lorc_core.architecture import KINDS, Architecture
+from lorc_core.errors import UnsupportedModelError
+from lorc_core.schedule import RankSchedule
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the key and value tensors that a cache holds.
+
+    Args:
+        cache: `past_key_values` of a model output, of dynamic or static layers (sliding windows included).
+
+    Raises:
+        UnsupportedModelError: A layer keeps its states in another form (quantized, linear attention).
+    """
+    total = 0
+    for layer_idx, layer in enumerate(cache.layers):
+        if type(layer).__name__.endswith("QuantizedLayer") or not isinstance(layer, DynamicLayer | StaticLayer):
+            raise UnsupportedModelError(
+                f"layer {layer_idx}: cannot measure the bytes of a {type(layer).__name__}; dynamic and static are known"
+            )
+        if layer.is_initialized:
+            total += layer.keys.nbytes + layer.values.nbytes
+    return total
+
+
+def bytes_per_token(floats_per_token: int, element_bytes: int) -> int:
+    """Cache bytes that one token of one sequence costs."""
+    return floats_per_token * element_bytes
+
+
+def full_floats_per_token(architecture: Architecture) -> int:
+    """Floats that the untouched model caches per token, over all layers, keys and values."""
+    return len(KINDS) * architecture.kv_width * architecture.num_layers
+
+
+def factor_floats(schedule: RankSchedule, *, bias: bool) -> int:
+    """Floats of the factors that a joint variant holds beside its base: `up`, and an offset where there is a bias.
+
+    `down` is the transpose of `up` and takes nothing; a full rank is bypassed and has no factors.
+    """
+    width = schedule.kv_width
+    ranks = [rank for layer in schedule.layers for rank in (layer.keys, layer.values) if rank < width]
+    return sum(rank * width for rank in ranks) + (width * len(ranks) if bias else 0)

@@ -1,0 +1,317 @@
+"""Run a model on a compressed cache, without rewriting the model.
+
+A pre-hook on each attention module swaps the cache for a view that hands *latents* to the real cache, and the
+rotation for the identity, so that keys arrive unrotated. A registered attention function rebuilds keys and values
+from the latents, rotates queries and keys, and calls the implementation the model had before.
+
+Shapes: B batch, H query heads, G kv heads, D head_dim, Q new tokens, S cached and new tokens, K rank, N = G * D.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lorc_core.architecture import KINDS, Kind, architecture_of
+from lorc_core.checkpoint import Checkpoint
+from lorc_core.errors import ArtifactError, ConfigError, UnsupportedModelError
+from lorc_core.projection import Factors
+from lorc_core.variant import Variant, load_variant
+
+PREFIX = "lorc_"
+STATE_ATTRIBUTE = "_lorc_layer"
+ATTACHMENT_ATTRIBUTE = "_lorc_attachment"
+
+Rotation = tuple[Float[Tensor, "b s d"], Float[Tensor, "b s d"]]
+
+
+@dataclass
+class Call:
+    """What one forward call of one attention module must remember between its hook and its attention function."""
+
+    rotation: Rotation | None
+    position_ids: Int[Tensor, "b q"] | None
+    past: int | Tensor = 0
+    first_slot: int = 0
+
+
+@dataclass
+class LayerState:
+    """The factors of one attention module, on its device, and the call in progress."""
+
+    factors: dict[Kind, Factors | None]
+    rotary: nn.Module | None
+    num_kv_heads: int
+    call: Call | None = None
+
+    @property
+    def unrotates_keys(self) -> bool:
+        return self.rotary is not None and self.factors["keys"] is not None
+
+
+class LatentCache:
+    """A view of a model's cache, or of none, that stores latents: the attention module sees no difference."""
+
+    def __init__(self, cache: Cache | None, state: LayerState) -> None:
+        self._cache = cache
+        self._state = state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def update(
+        self,
+        keys: Float[Tensor, "b g q d"],
+        values: Float[Tensor, "b g q d"],
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Project down, let the real cache append, return all latents (or states, where a kind is not compressed)."""
+        states = {"keys": keys, "values": values}
+        latents = [project_down(states[kind], self._state.factors[kind]) for kind in KINDS]
+        if self._cache is None:
+            return latents[0], latents[1]
+        call = self._state.call
+        assert call is not None
+        past = self._cache.get_query_offset(layer_idx)
+        call.past = past.clone() if isinstance(past, Tensor) else past  # static caches count in place
+        _, call.first_slot = self._cache.get_mask_sizes(keys.shape[-2], layer_idx)
+        return self._cache.update(latents[0], latents[1], layer_idx, *args, **kwargs)
+
+
+def project_down(states: Float[Tensor, "b g q d"], factors: Factors | None) -> Float[Tensor, "b _ q _"]:
+    """(B, G, Q, D) states to (B, 1, Q, K) latents; unchanged without factors."""
+    if factors is None:
+        return states
+    joint = states.transpose(1, 2).flatten(2)
+    return (joint @ factors.down.T).unsqueeze(1)
+
+
+def rebuild(latents: Float[Tensor, "b _ s _"], factors: Factors | None, num_kv_heads: int) -> Float[Tensor, "b g s d"]:
+    """(B, 1, S, K) latents to (B, G, S, D) states; unchanged without factors."""
+    if factors is None:
+        return latents
+    joint = latents.squeeze(1) @ factors.up.T
+    if factors.offset is not None:
+        joint = joint + factors.offset
+    return joint.unflatten(-1, (num_kv_heads, -1)).transpose(1, 2)
+
+
+def rotate(states: Float[Tensor, "b h s d"], rotation: Rotation) -> Float[Tensor, "b h s d"]:
+    """Rotary embedding in the half-split layout of Llama and its relatives."""
+    cos, sin = (part.to(states.device).unsqueeze(1) for part in rotation)
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def key_rotation(state: LayerState, call: Call, keys: Float[Tensor, "b g s d"], q_len: int) -> Rotation:
+    """cos and sin for every cached key: those given for this call, or from the slots' positions.
+
+    Positions are contiguous along a row, so a slot's position follows from the newest one; that holds under left
+    padding, beams, static and sliding caches and needs no storage.
+    """
+    kv_len = keys.shape[-2]
+    if kv_len == q_len or call.position_ids is None:
+        assert call.rotation is not None and call.rotation[0].shape[-2] == kv_len
+        return call.rotation
+    assert state.rotary is not None
+    slots = torch.arange(kv_len, device=keys.device) + call.first_slot
+    newest = call.position_ids[:, -1:].to(keys.device)
+    cos, sin = state.rotary(keys, newest - (call.past + q_len - 1 - slots))
+    return cos, sin
+
+
+def latent_attention(
+    underlying: str,
+    module: nn.Module,
+    query: Float[Tensor, "b h q d"],
+    key: Float[Tensor, "b _ s _"],
+    value: Float[Tensor, "b _ s _"],
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over latents, by the implementation called `underlying` on rebuilt keys and values."""
+    attend = implementation(underlying, module)
+    state: LayerState | None = getattr(module, STATE_ATTRIBUTE, None)
+    if state is None:
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    call, state.call = state.call, None
+    assert call is not None
+    key = rebuild(key, state.factors["keys"], state.num_kv_heads)
+    value = rebuild(value, state.factors["values"], state.num_kv_heads)
+    if call.rotation is not None:
+        key = rotate(key, key_rotation(state, call, key, query.shape[-2]))
+        query = rotate(query, call.rotation)
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def implementation(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """transformers' attention function of that name; eager attention lives beside each model's own classes."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def enter_attention(
+    state: LayerState, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook: the view in place of the cache and, for compressed rotary keys, no rotation."""
+    kwargs = dict(kwargs)
+    position_ids = kwargs.get("position_ids")
+    rotation = kwargs["position_embeddings"] if state.unrotates_keys else None
+    if rotation is not None:
+        cos, _ = rotation
+        kwargs["position_embeddings"] = (torch.ones_like(cos[:1, :1]), torch.zeros_like(cos[:1, :1]))
+        check_contiguous(position_ids)
+    state.call = Call(rotation, position_ids)
+    kwargs["past_key_values"] = LatentCache(kwargs["past_key_values"], state)
+    return args, kwargs
+
+
+def check_contiguous(position_ids: Int[Tensor, "b q"] | None) -> None:
+    """Refuse positions with gaps, from which the positions of cached keys could not be told.
+
+    Counted back from the newest token, what falls below position 0 is padding and may hold anything.
+
+    Raises:
+        ConfigError: A row has a gap.
+    """
+    if position_ids is None or position_ids.shape[-1] == 1 or torch.compiler.is_compiling():
+        return
+    expected = position_ids[:, -1:] - torch.arange(position_ids.shape[-1] - 1, -1, -1, device=position_ids.device)
+    if ((position_ids != expected) & (expected >= 0)).any():
+        raise ConfigError("position_ids have gaps; a variant with keys compressed before the rotation needs none")
+
+
+class Attachment:
+    """A variant attached to a model, until `detach` or the end of the `with` block."""
+
+    def __init__(self, model: PreTrainedModel, variant: Variant) -> None:
+        self.model = model
+        self.variant = variant
+        self._underlying = model.config._attn_implementation
+        self._handles: list[RemovableHandle] = []
+        self._modules: list[nn.Module] = []
+
+    def detach(self) -> None:
+        """Restore the model bit for bit. Doing so twice is harmless."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self._modules:
+            delattr(module, STATE_ATTRIBUTE)
+        self._handles, self._modules = [], []
+        if self.model.__dict__.pop(ATTACHMENT_ATTRIBUTE, None) is not None:
+            self.model.set_attn_implementation(self._underlying)
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _hook(self, layer_idx: int, factors: dict[Kind, Factors | None]) -> None:
+        base = self.model.base_model
+        module = base.get_submodule(self.variant.architecture.attention_module(layer_idx))
+        weight = next(module.parameters())
+        placed = {kind: place(found, weight) if found else None for kind, found in factors.items()}
+        rotary = base.rotary_emb if self.variant.architecture.rotary else None
+        state = LayerState(placed, rotary, self.variant.architecture.num_kv_heads)
+        setattr(module, STATE_ATTRIBUTE, state)
+        self._modules.append(module)
+        self._handles.append(module.register_forward_pre_hook(partial(enter_attention, state), with_kwargs=True))
+
+    def start(self) -> None:
+        use_latent_attention(self.model, self._underlying)
+        self.model.__dict__[ATTACHMENT_ATTRIBUTE] = self
+        for layer_idx, factors in enumerate(self.variant.factors):
+            if any(factors.values()):
+                self._hook(layer_idx, factors)
+
+
+def place(factors: Factors, like: Tensor) -> Factors:
+    """The factors on the device and in the dtype of a parameter; `down` stays a view of `up`."""
+    up = factors.up.to(like.device, like.dtype)
+    offset = None if factors.offset is None else factors.offset.to(like.device, like.dtype)
+    return Factors(up=up, down=up.T, offset=offset)
+
+
+def use_latent_attention(model: PreTrainedModel, underlying: str) -> None:
+    """Register latent attention over `underlying`, with its mask function, and switch the model to it."""
+    name = PREFIX + underlying
+    AttentionInterface.register(name, partial(latent_attention, underlying))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[underlying])
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not dispatch its attention through transformers' attention interface"
+        )
+
+
+def attach(model: PreTrainedModel, variant: Variant) -> Attachment:
+    """Make a loaded model cache latents as `variant` says; nothing of the model is copied or rewritten.
+
+    Use it as a context manager, or keep the result and call `detach`. Swapping variants on one loaded model never
+    reloads it.
+
+    Args:
+        model: The base model, loaded by transformers, in any dtype and on any devices.
+        variant: Made by `compress` or read by `load_variant`, for this model's architecture.
+
+    Raises:
+        ConfigError: The model has another architecture, or a variant is attached already.
+        UnsupportedModelError: The model does not use transformers' attention interface.
+    """
+    found = architecture_of(model.config)
+    if found != variant.architecture:
+        raise ConfigError(f"the variant is for {variant.architecture}, the model is {found}")
+    if ATTACHMENT_ATTRIBUTE in model.__dict__:
+        raise ConfigError("a variant is attached to this model already; detach it first")
+    attachment = Attachment(model, variant)
+    attachment.start()
+    return attachment
+
+
+def load(variant_dir: Path | str, *, base: Path | str | None = None, **from_pretrained_kwargs: Any) -> PreTrainedModel:
+    """Load a variant's base model and attach the variant to it, for good.
+
+    Args:
+        variant_dir: A variant's directory.
+        base: Where the base model is now, if not where it was when the variant was made.
+        from_pretrained_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
+
+    Returns:
+        The model, in evaluation mode; its caches hold latents.
+
+    Raises:
+        ArtifactError: The variant is unfinished, altered or of another schema, or the base is another model.
+    """
+    variant = load_variant(variant_dir)
+    source = str(base) if base is not None else variant.base.source
+    if Path(source).is_dir():
+        check_base(Path(source), variant)
+    elif base is None and variant.base.revision is not None:
+        from_pretrained_kwargs.setdefault("revision", variant.base.revision)
+    model = AutoModelForCausalLM.from_pretrained(source, **from_pretrained_kwargs)
+    attach(model, variant)
+    return model
+
+
+def check_base(directory: Path, variant: Variant) -> None:
+    """Raise ArtifactError unless the directory holds the model that the variant was made for."""
+    if variant.base.fingerprint is None:
+        return
+    if Checkpoint(directory).fingerprint(variant.architecture.tensor_names()) != variant.base.fingerprint:
+        raise ArtifactError(f"{directory}: not the base model this variant was made for ({variant.base.source})")

@@ -1,0 +1,208 @@
+"""From the spectra of all layers to a rank for each: the aggregator.
+
+A schedule is a frozen dataclass; its fields are its configuration. All meet a target share of cached floats
+or say what they can reach.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from lorc_core.errors import ConfigError, NumericsError
+
+KEPT_FRACTION_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """What the schedules read of one layer: its width and the condition numbers of its two weights, as log10."""
+
+    kv_width: int
+    keys_log10_condition: float
+    values_log10_condition: float
+
+
+@dataclass(frozen=True)
+class LayerRanks:
+    """Latent floats cached per token by one layer."""
+
+    keys: int
+    values: int
+
+
+@dataclass(frozen=True)
+class RankSchedule:
+    """Ranks for every layer. `note` says where the schedule left its source's form."""
+
+    layers: tuple[LayerRanks, ...]
+    kv_width: int
+    note: str = ""
+
+    @property
+    def floats_per_token(self) -> int:
+        return sum(layer.keys + layer.values for layer in self.layers)
+
+    @property
+    def kept_fraction(self) -> float:
+        return self.floats_per_token / (2 * self.kv_width * len(self.layers))
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The same rank everywhere.
+
+    Attributes:
+        rank_multiple: Ranks are multiples of this, or the full width.
+        skip_layers: Layers left uncompressed.
+    """
+
+    rank_multiple: int = 1
+    skip_layers: tuple[int, ...] = ()
+    name: str = field(default="uniform", init=False)
+
+    def ranks(self, spectra: Sequence[LayerSpectrum], kept_fraction: float) -> RankSchedule:
+        """Ranks whose kept fraction is within 0.01, or one rank step, of the target.
+
+        Args:
+            spectra: One per layer.
+            kept_fraction: Target share of cached floats, in (0, 1].
+
+        Raises:
+            ConfigError: The target is out of reach; the message gives the range.
+        """
+        width = spectra[0].kv_width
+        skipped = checked_skips(self.skip_layers, len(spectra))
+
+        def ranks_at(share: float) -> list[int]:
+            rank = round_rank(share * width, width, self.rank_multiple)
+            return [width if layer_idx in skipped else rank for layer_idx in range(len(spectra))]
+
+        return fit(ranks_at, width, kept_fraction, self.rank_multiple, self.name)
+
+
+@dataclass(frozen=True)
+class Progressive:
+    """LoRC's ramp: layers are cut the more, the smaller their cumulative condition number (Eq. 12 and 13).
+
+    d_max is the full width and d_min is solved for the target. Where d_min has reached `min_rank` and the target
+    is lower still, d_max is lowered, which the paper does not do; the schedule's note then says so.
+
+    Attributes:
+        rank_multiple: Ranks are multiples of this, or the full width.
+        min_rank: Least rank of any layer.
+        skip_layers: Layers left uncompressed.
+        skip_above_log10_condition: Layers whose cumulative log10 condition number is above are left uncompressed.
+
+    Source: LoRC, arXiv 2410.03111, section 3.3
+    """
+
+    rank_multiple: int = 1
+    min_rank: int = 1
+    skip_layers: tuple[int, ...] = ()
+    skip_above_log10_condition: float | None = None
+    name: str = field(default="progressive", init=False)
+
+    def ranks(self, spectra: Sequence[LayerSpectrum], kept_fraction: float) -> RankSchedule:
+        """Ranks, the same for keys and values, within 0.01 or one rank step of the target.
+
+        Args:
+            spectra: One per layer, first layer first.
+            kept_fraction: Target share of cached floats, in (0, 1].
+
+        Raises:
+            ConfigError: The target is out of reach; the message gives the range.
+            NumericsError: A condition number is infinite; the message names the layer.
+        """
+        width = spectra[0].kv_width
+        if not 1 <= self.min_rank <= width:
+            raise ConfigError(f"progressive: min_rank must be in 1..{width}, got {self.min_rank}")
+        cumulative = cumulative_log10_condition(spectra)
+        skipped = checked_skips(self.skip_layers, len(spectra))
+        if self.skip_above_log10_condition is not None:
+            skipped |= {i for i, value in enumerate(cumulative) if value > self.skip_above_log10_condition}
+        depths = ramp_depths(cumulative)
+
+        def limits(share: float) -> tuple[float, float]:
+            """(d_max, d_min): the lower half of the shares lowers d_max, the upper half raises d_min."""
+            room = width - self.min_rank
+            return self.min_rank + room * min(2 * share, 1.0), self.min_rank + room * max(2 * share - 1, 0.0)
+
+        def ranks_at(share: float) -> list[int]:
+            d_max, d_min = limits(share)
+            ramp = [
+                round_rank(d_max * (1 - depth * (1 - d_min / d_max)), width, self.rank_multiple) for depth in depths
+            ]
+            return [width if layer_idx in skipped else max(rank, self.min_rank) for layer_idx, rank in enumerate(ramp)]
+
+        schedule = fit(ranks_at, width, kept_fraction, self.rank_multiple, self.name)
+        top = max((layer.keys for i, layer in enumerate(schedule.layers) if i not in skipped), default=width)
+        needs_lower_top = fit_total(ranks_at(0.5)) > schedule.floats_per_token
+        note = f"d_max lowered to {top} of {width}" if needs_lower_top else ""
+        return RankSchedule(schedule.layers, width, note)
+
+
+Schedule = Uniform | Progressive
+SCHEDULES: dict[str, type[Uniform] | type[Progressive]] = {"uniform": Uniform, "progressive": Progressive}
+
+
+def cumulative_log10_condition(spectra: Sequence[LayerSpectrum]) -> list[float]:
+    """log10 of Eq. 12 for each layer: the product over this and all deeper layers of kappa(W_k) kappa(W_v).
+
+    Raises:
+        NumericsError: A condition number is infinite (a rank-deficient weight); the message names the layer.
+    """
+    for layer_idx, layer in enumerate(spectra):
+        for kind, value in (("keys", layer.keys_log10_condition), ("values", layer.values_log10_condition)):
+            if math.isinf(value):
+                raise NumericsError(
+                    f"layer {layer_idx} {kind}: the weight is rank-deficient, its condition number infinite, so the "
+                    "progressive schedule is undefined; use the uniform schedule for this model"
+                )
+    logs = [layer.keys_log10_condition + layer.values_log10_condition for layer in spectra]
+    return list(accumulate(reversed(logs)))[::-1]
+
+
+def ramp_depths(cumulative: Sequence[float]) -> list[float]:
+    """Eq. 13's bracket: 0 at the layer with the largest cumulative condition number, 1 at the smallest."""
+    highest, lowest = max(cumulative), min(cumulative)
+    spread = highest - lowest
+    return [(highest - value) / spread if spread > 0 else 0.0 for value in cumulative]
+
+
+def round_rank(rank: float, width: int, multiple: int) -> int:
+    """The nearest allowed rank: a multiple of `multiple`, at least one multiple, or the full width."""
+    rounded = max(multiple, multiple * round(rank / multiple))
+    return width if rounded >= width or rank >= width else rounded
+
+
+def checked_skips(skip_layers: Sequence[int], num_layers: int) -> set[int]:
+    for layer_idx in skip_layers:
+        if not 0 <= layer_idx < num_layers:
+            raise ConfigError(f"skip_layers: layer {layer_idx} does not exist; layers are 0..{num_layers - 1}")
+    return set(skip_layers)
+
+
+def fit_total(ranks: Sequence[int]) -> int:
+    """Floats per token when keys and values share the given ranks."""
+    return 2 * sum(ranks)
+
+
+def fit(
+    ranks_at: Callable[[float], list[int]], width: int, kept_fraction: float, rank_multiple: int, name: str
+) -> RankSchedule:
+    """The member of a family of ranks, growing with a share in [0, 1], that is nearest to the target."""
+    if not 0 < kept_fraction <= 1:
+        raise ConfigError(f"{name}: kept_fraction must be in (0, 1], got {kept_fraction}")
+    full = 2 * width * len(ranks_at(1.0))
+    low, high = 0.0, 1.0
+    for _ in range(60):  # past float64's resolution of the share
+        middle = (low + high) / 2
+        low, high = (middle, high) if fit_total(ranks_at(middle)) < kept_fraction * full else (low, middle)
+    ranks = min(ranks_at(low), ranks_at(high), key=lambda found: abs(fit_total(found) - kept_fraction * full))
+    if abs(fit_total(ranks) / full - kept_fraction) > max(KEPT_FRACTION_TOLERANCE, rank_multiple / width):
+        least, most = fit_total(ranks_at(0.0)) / full, fit_total(ranks_at(1.0)) / full
+        raise ConfigError(
+            f"{name}: kept_fraction {kept_fraction} cannot be reached; reachable is {least:.3f}..{most:.3f}"
+        )
+    return RankSchedule(tuple(LayerRanks(rank, rank) for rank in ranks), width)

@@ -1,0 +1,189 @@
+"""A variant on disk: the factors that compress one model's cache, kept beside an untouched base model.
+
+A directory with `lorc_config.json`, `factors.safetensors`, `README.md` and `manifest.json` (the sha256 of each
+other file, written last). Nothing is pickled.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorc_core.architecture import KINDS, Architecture, Kind
+from lorc_core.errors import ArtifactError
+from lorc_core.projection import Factors
+from lorc_core.schedule import LayerRanks, RankSchedule
+
+SCHEMA_VERSION = 1
+CONFIG_FILE = "lorc_config.json"
+FACTORS_FILE = "factors.safetensors"
+MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model a variant was made for.
+
+    `source` is a directory or a hub id. `fingerprint` is that of its checkpoint, absent for a model that was
+    compressed in memory and cannot be told from its files.
+    """
+
+    source: str
+    revision: str | None
+    fingerprint: str | None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One base model compressed by one method to one budget.
+
+    `factors[layer_idx][kind]` is None where that layer's keys or values keep their full width.
+    """
+
+    base: BaseModel
+    architecture: Architecture
+    method: str
+    schedule: dict[str, Any]
+    ranks: RankSchedule
+    factors: tuple[dict[Kind, Factors | None], ...]
+
+    @property
+    def kept_fraction(self) -> float:
+        """Share of the base model's cached floats that the variant caches."""
+        return self.ranks.kept_fraction
+
+    def __repr__(self) -> str:
+        return (
+            f"Variant({self.base.source}, {self.method}, {self.schedule['name']}, "
+            f"kept_fraction={self.kept_fraction:.4f})"
+        )
+
+    def save(self, directory: Path | str) -> None:
+        """Write the variant; the manifest last, so that a broken write is never taken for a variant.
+
+        Args:
+            directory: Made if absent; files of an earlier variant in it are replaced.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / MANIFEST_FILE).unlink(missing_ok=True)
+        save_file(self._tensors(), directory / FACTORS_FILE)
+        (directory / CONFIG_FILE).write_text(json.dumps(self._config(), indent=2, sort_keys=True) + "\n")
+        (directory / "README.md").write_text(model_card(self))
+        write_manifest(directory)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for layer_idx, layer in enumerate(self.factors):
+            for kind, factors in layer.items():
+                if factors is not None:
+                    tensors[f"layers.{layer_idx}.{kind}.up"] = factors.up.contiguous()
+                    if factors.offset is not None:
+                        tensors[f"layers.{layer_idx}.{kind}.offset"] = factors.offset
+        return tensors
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "base": asdict(self.base),
+            "architecture": self.architecture.to_dict(),
+            "method": self.method,
+            "schedule": self.schedule,
+            "ranks": asdict(self.ranks),
+            "kept_fraction": self.kept_fraction,
+            "floats_per_token": self.ranks.floats_per_token,
+        }
+
+
+def load_variant(directory: Path | str) -> Variant:
+    """Read a variant and check that its files are whole and of this schema.
+
+    Raises:
+        ArtifactError: No variant is there, a file was altered, or the schema is another.
+    """
+    directory = Path(directory)
+    check_manifest(directory)
+    config = json.loads((directory / CONFIG_FILE).read_text())
+    if config["schema_version"] != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{directory}: variant schema {config['schema_version']}, this lorc reads {SCHEMA_VERSION}; compress again"
+        )
+    ranks = RankSchedule(
+        layers=tuple(LayerRanks(**layer) for layer in config["ranks"]["layers"]),
+        kv_width=config["ranks"]["kv_width"],
+        note=config["ranks"]["note"],
+    )
+    tensors = load_file(directory / FACTORS_FILE)
+    return Variant(
+        base=BaseModel(**config["base"]),
+        architecture=Architecture(**config["architecture"]),
+        method=config["method"],
+        schedule=config["schedule"],
+        ranks=ranks,
+        factors=tuple(
+            {kind: read_factors(tensors, f"layers.{layer_idx}.{kind}") for kind in KINDS}
+            for layer_idx in range(len(ranks.layers))
+        ),
+    )
+
+
+def read_factors(tensors: dict[str, torch.Tensor], prefix: str) -> Factors | None:
+    """`down` is not stored: it is the transpose of the orthonormal `up`."""
+    up = tensors.get(f"{prefix}.up")
+    return None if up is None else Factors(up=up, down=up.T, offset=tensors.get(f"{prefix}.offset"))
+
+
+def write_manifest(directory: Path) -> None:
+    """Record the sha256 of every file of `directory`; until then the directory counts as unfinished."""
+    hashes = {path.name: file_sha256(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST_FILE}
+    partial = directory / f"{MANIFEST_FILE}.partial"
+    partial.write_text(json.dumps(hashes, indent=2) + "\n")
+    partial.rename(directory / MANIFEST_FILE)
+
+
+def check_manifest(directory: Path) -> None:
+    """Raise ArtifactError unless the directory is finished and every file is as it was written."""
+    manifest = directory / MANIFEST_FILE
+    if not manifest.is_file():
+        raise ArtifactError(f"{directory}: no {MANIFEST_FILE}, so there is no finished artifact in it")
+    for name, sha256 in json.loads(manifest.read_text()).items():
+        path = directory / name
+        if not path.is_file():
+            raise ArtifactError(f"{path}: listed in {MANIFEST_FILE} but absent")
+        if file_sha256(path) != sha256:
+            raise ArtifactError(f"{path}: altered after it was written (its sha256 is not the one in {MANIFEST_FILE})")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_card(variant: Variant) -> str:
+    """Markdown: what the variant is, what it saves, how to load it."""
+    ranks = variant.ranks
+    note = f" ({ranks.note})" if ranks.note else ""
+    rows = "\n".join(f"| {idx} | {layer.keys} | {layer.values} |" for idx, layer in enumerate(ranks.layers))
+    floats = ranks.floats_per_token
+    full = round(floats / variant.kept_fraction)
+    return f"""# {variant.base.source}, KV cache compressed by {variant.method}
+
+Keeps {variant.kept_fraction:.4f} of the cached floats: {floats:,} of {full:,} per token
+({floats * 2:,} bytes per token at 16 bit instead of {full * 2:,}).
+Method `{variant.method}`, schedule `{variant.schedule["name"]}`{note}, of {ranks.kv_width} floats per kind and layer:
+
+| layer | key rank | value rank |
+|---|---|---|
+{rows}
+
+The base model is untouched and loaded from where it is:
+
+```python
+import lorc_core
+model = lorc_core.load("this directory")
+```
+"""
