@@ -1,35 +1,36 @@
 """lorc_core: compress the key-value cache of a transformers model by low-rank projection, without retraining.
 
-variant = lorc_core.compress("path/to/model", method="lorc", kept_fraction=0.5)
-with lorc_core.attach(model, variant):
-    output = model(**inputs)
-lorc_core.cache_bytes(output.past_key_values)
+    variant = lorc_core.compress("path/to/model", method="lorc", kept_fraction=0.5)
+    with lorc_core.attach(model, variant):
+        output = model(**inputs)
+    lorc_core.cache_bytes(output.past_key_values)
+
+Names are imported when they are first used: transformers' modelling code takes seconds, and what only reads
+configs and schedules does not need it.
 """
 
-from lorc_core.compression import METHODS, Method, compress
-from lorc_core.errors import ArtifactError, ConfigError, LorcError, NumericsError, UnsupportedModelError
-from lorc_core.memory import cache_bytes
-from lorc_core.runtime import Attachment, attach, load
-from lorc_core.schedule import SCHEDULES, Progressive, RankSchedule, Uniform
-from lorc_core.variant import Variant, load_variant
+import importlib
+from typing import Any
 
-__all__ = [
-    "METHODS",
-    "SCHEDULES",
-    "ArtifactError",
-    "Attachment",
-    "ConfigError",
-    "LorcError",
-    "Method",
-    "NumericsError",
-    "Progressive",
-    "RankSchedule",
-    "Uniform",
-    "UnsupportedModelError",
-    "Variant",
-    "attach",
-    "cache_bytes",
-    "compress",
-    "load",
-    "load_variant",
-]
+_MODULES = {
+    "compression": ("compress",),
+    "errors": ("ArtifactError", "ConfigError", "LorcError", "NumericsError", "UnsupportedModelError"),
+    "memory": ("cache_bytes",),
+    "methods": ("METHODS", "Method"),
+    "runtime": ("Attachment", "attach", "load"),
+    "schedule": ("SCHEDULES", "Progressive", "RankSchedule", "Uniform"),
+    "variant": ("Variant", "load_variant"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

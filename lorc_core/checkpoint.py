@@ -13,7 +13,7 @@ from typing import Protocol
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from lorc_core.errors import ArtifactError, ConfigError
 
@@ -26,16 +26,6 @@ class WeightSource(Protocol):
     """Anything that hands out a model's tensors by their names below `model.base_model`."""
 
     def read(self, name: str) -> Float[Tensor, "..."]: ...
-
-
-class LoadedWeights:
-    """The tensors of a model in memory."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.tensors = dict(model.base_model.named_parameters())
-
-    def read(self, name: str) -> Float[Tensor, "..."]:
-        return self.tensors[name].detach()
 
 
 class Checkpoint:
@@ -91,16 +81,16 @@ class Checkpoint:
         return matches[0]
 
 
-def read_config(directory: Path, **kwargs: bool) -> PreTrainedConfig:
-    """The transformers config of a local directory or of a config.json file.
+def read_config(source: Path | str, **kwargs: bool | str) -> PreTrainedConfig:
+    """The transformers config of a local directory, of a config.json file or of a hub id.
 
     Raises:
         ArtifactError: The file is absent or is not a config that transformers knows.
     """
     try:
-        return AutoConfig.from_pretrained(directory, **kwargs)
+        return AutoConfig.from_pretrained(source, **kwargs)
     except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{directory}: config cannot be read: {str(error).splitlines()[0]}") from error
+        raise ArtifactError(f"{source}: config cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def weight_files(directory: Path) -> list[Path]:

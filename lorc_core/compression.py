@@ -4,48 +4,33 @@ The pipeline runs the same functions as separate steps on many machines.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
-from lorc_core.checkpoint import Checkpoint, LoadedWeights, WeightSource, read_config
+from lorc_core.checkpoint import Checkpoint, WeightSource, read_config
 from lorc_core.errors import ConfigError, NumericsError
+from lorc_core.methods import known_method
 from lorc_core.projection import Decomposition, Factors, decompose
-from lorc_core.schedule import SCHEDULES, LayerSpectrum, RankSchedule, Schedule
+from lorc_core.schedule import LayerSpectrum, RankSchedule, Schedule, known_schedule
 from lorc_core.variant import BaseModel, Variant
-
-
-@dataclass(frozen=True)
-class Method:
-    """A published way to decompose, and the schedule its source uses with it."""
-
-    name: str
-    schedule: str
-    source: str
-
-
-METHODS = {
-    "lorc": Method("lorc", schedule="progressive", source="LoRC, arXiv 2410.03111: SVD of W_k and W_v"),
-}
 
 LayerDecomposition = dict[Kind, Decomposition]
 
 
-def known_method(name: str) -> Method:
-    """The method of that name; ConfigError with the known names otherwise."""
-    if name not in METHODS:
-        raise ConfigError(f"method {name!r} is not known; known are {', '.join(sorted(METHODS))}")
-    return METHODS[name]
+class LoadedWeights:
+    """The tensors of a model in memory."""
 
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.tensors = dict(model.base_model.named_parameters())
 
-def known_schedule(name: str) -> Schedule:
-    """The schedule of that name with its default fields; ConfigError with the known names otherwise."""
-    if name not in SCHEDULES:
-        raise ConfigError(f"schedule {name!r} is not known; known are {', '.join(sorted(SCHEDULES))}")
-    return SCHEDULES[name]()
+    def read(self, name: str) -> Float[Tensor, "..."]:
+        return self.tensors[name].detach()
 
 
 def decompose_layer(source: WeightSource, architecture: Architecture, layer_idx: int) -> LayerDecomposition:
@@ -129,7 +114,7 @@ def compress(
     if isinstance(model_or_dir, PreTrainedModel):
         architecture = architecture_of(model_or_dir.config)
         source = LoadedWeights(model_or_dir)
-        base = BaseModel(source=model_or_dir.config.name_or_path, revision=None, fingerprint=None)
+        base = BaseModel(source=model_or_dir.name_or_path or "", revision=None, fingerprint=None)
     else:
         directory = Path(model_or_dir).resolve()
         source = Checkpoint(directory)

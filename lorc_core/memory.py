@@ -23,7 +23,7 @@ def cache_bytes(cache: Cache) -> int:
             raise UnsupportedModelError(
                 f"layer {layer_idx}: cannot measure the bytes of a {type(layer).__name__}; dynamic and static are known"
             )
-        if layer.is_initialized:
+        if layer.keys is not None and layer.values is not None:
             total += layer.keys.nbytes + layer.values.nbytes
     return total
 

@@ -124,7 +124,7 @@ def key_rotation(state: LayerState, call: Call, keys: Float[Tensor, "b g s d"], 
     """
     kv_len = keys.shape[-2]
     if kv_len == q_len or call.position_ids is None:
-        assert call.rotation is not None and call.rotation[0].shape[-2] == kv_len
+        assert call.rotation is not None
         return call.rotation
     assert state.rotary is not None
     slots = torch.arange(kv_len, device=keys.device) + call.first_slot
@@ -159,7 +159,7 @@ def latent_attention(
 
 def implementation(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """transformers' attention function of that name; eager attention lives beside each model's own classes."""
-    eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    eager = sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
 
 
@@ -227,7 +227,7 @@ class Attachment:
         module = base.get_submodule(self.variant.architecture.attention_module(layer_idx))
         weight = next(module.parameters())
         placed = {kind: place(found, weight) if found else None for kind, found in factors.items()}
-        rotary = base.rotary_emb if self.variant.architecture.rotary else None
+        rotary = base.get_submodule("rotary_emb") if self.variant.architecture.rotary else None
         state = LayerState(placed, rotary, self.variant.architecture.num_kv_heads)
         setattr(module, STATE_ATTRIBUTE, state)
         self._modules.append(module)
@@ -297,9 +297,12 @@ def load(variant_dir: Path | str, *, base: Path | str | None = None, **from_pret
 
     Raises:
         ArtifactError: The variant is unfinished, altered or of another schema, or the base is another model.
+        ConfigError: The variant does not know where its base is, and `base` is absent.
     """
     variant = load_variant(variant_dir)
     source = str(base) if base is not None else variant.base.source
+    if not source:
+        raise ConfigError(f"{variant_dir}: made from a model in memory, so name its base model with base=")
     if Path(source).is_dir():
         check_base(Path(source), variant)
     elif base is None and variant.base.revision is not None:

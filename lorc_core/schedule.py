@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 from lorc_core.errors import ConfigError, NumericsError
 
@@ -39,6 +40,11 @@ class RankSchedule:
     kv_width: int
     note: str = ""
 
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "RankSchedule":
+        """The inverse of `dataclasses.asdict`."""
+        return cls(tuple(LayerRanks(**layer) for layer in saved["layers"]), saved["kv_width"], saved["note"])
+
     @property
     def floats_per_token(self) -> int:
         return sum(layer.keys + layer.values for layer in self.layers)
@@ -60,6 +66,9 @@ class Uniform:
     rank_multiple: int = 1
     skip_layers: tuple[int, ...] = ()
     name: str = field(default="uniform", init=False)
+
+    def __post_init__(self) -> None:
+        check_positive(rank_multiple=self.rank_multiple)
 
     def ranks(self, spectra: Sequence[LayerSpectrum], kept_fraction: float) -> RankSchedule:
         """Ranks whose kept fraction is within 0.01, or one rank step, of the target.
@@ -103,6 +112,9 @@ class Progressive:
     skip_above_log10_condition: float | None = None
     name: str = field(default="progressive", init=False)
 
+    def __post_init__(self) -> None:
+        check_positive(rank_multiple=self.rank_multiple, min_rank=self.min_rank)
+
     def ranks(self, spectra: Sequence[LayerSpectrum], kept_fraction: float) -> RankSchedule:
         """Ranks, the same for keys and values, within 0.01 or one rank step of the target.
 
@@ -115,7 +127,7 @@ class Progressive:
             NumericsError: A condition number is infinite; the message names the layer.
         """
         width = spectra[0].kv_width
-        if not 1 <= self.min_rank <= width:
+        if self.min_rank > width:
             raise ConfigError(f"progressive: min_rank must be in 1..{width}, got {self.min_rank}")
         cumulative = cumulative_log10_condition(spectra)
         skipped = checked_skips(self.skip_layers, len(spectra))
@@ -138,12 +150,19 @@ class Progressive:
         schedule = fit(ranks_at, width, kept_fraction, self.rank_multiple, self.name)
         top = max((layer.keys for i, layer in enumerate(schedule.layers) if i not in skipped), default=width)
         needs_lower_top = fit_total(ranks_at(0.5)) > schedule.floats_per_token
-        note = f"d_max lowered to {top} of {width}" if needs_lower_top else ""
+        note = f"d_max lowered to {top}" if needs_lower_top else ""
         return RankSchedule(schedule.layers, width, note)
 
 
 Schedule = Uniform | Progressive
 SCHEDULES: dict[str, type[Uniform] | type[Progressive]] = {"uniform": Uniform, "progressive": Progressive}
+
+
+def known_schedule(name: str) -> Schedule:
+    """The schedule of that name with its default fields; ConfigError with the known names otherwise."""
+    if name not in SCHEDULES:
+        raise ConfigError(f"schedule {name!r} is not known; known are {', '.join(sorted(SCHEDULES))}")
+    return SCHEDULES[name]()
 
 
 def cumulative_log10_condition(spectra: Sequence[LayerSpectrum]) -> list[float]:
@@ -174,6 +193,12 @@ def round_rank(rank: float, width: int, multiple: int) -> int:
     """The nearest allowed rank: a multiple of `multiple`, at least one multiple, or the full width."""
     rounded = max(multiple, multiple * round(rank / multiple))
     return width if rounded >= width or rank >= width else rounded
+
+
+def check_positive(**fields: int) -> None:
+    for name, value in fields.items():
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
 
 
 def checked_skips(skip_layers: Sequence[int], num_layers: int) -> set[int]:

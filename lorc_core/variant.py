@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from lorc_core.architecture import KINDS, Architecture, Kind
 from lorc_core.errors import ArtifactError
 from lorc_core.projection import Factors
-from lorc_core.schedule import LayerRanks, RankSchedule
+from lorc_core.schedule import RankSchedule
 
 SCHEMA_VERSION = 1
 CONFIG_FILE = "lorc_config.json"
@@ -112,11 +112,7 @@ def load_variant(directory: Path | str) -> Variant:
         raise ArtifactError(
             f"{directory}: variant schema {config['schema_version']}, this lorc reads {SCHEMA_VERSION}; compress again"
         )
-    ranks = RankSchedule(
-        layers=tuple(LayerRanks(**layer) for layer in config["ranks"]["layers"]),
-        kv_width=config["ranks"]["kv_width"],
-        note=config["ranks"]["note"],
-    )
+    ranks = RankSchedule.from_dict(config["ranks"])
     tensors = load_file(directory / FACTORS_FILE)
     return Variant(
         base=BaseModel(**config["base"]),

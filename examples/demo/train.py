@@ -2,15 +2,19 @@
 
     python examples/demo/train.py llama OUTPUT_DIR     # rotary GQA, 2 kv heads of 64
     python examples/demo/train.py opt OUTPUT_DIR       # learned positions, MHA, 4 heads of 64
+    python examples/demo/train.py heldout FILE.jsonl   # a part of the held-out files, to evaluate on
 
 Every 20th file is held out. The held-out loss, the tokens seen and the settings are written to
-OUTPUT_DIR/README.md. It is training code kept small, not a part of lorc.
+OUTPUT_DIR/README.md. It is training code kept small, not a part of lorc. The committed models were trained on
+Python 3.11.7.
 """
 
 import argparse
+import json
 import math
 import sysconfig
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +34,7 @@ VOCAB_SIZE = 1024
 STEP_TOKENS = 4096
 SEQ_LEN = 256
 LONG_SEQ_LEN = 1024  # one step in ten, so that positions past SEQ_LEN are trained
+HELD_OUT_BYTES = 400_000  # of the held-out files without the encodings, which are long tables
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
 
 
@@ -81,14 +86,25 @@ RECIPES = {
 }
 
 
-def split_corpus() -> tuple[list[str], list[str]]:
-    """Training and held-out files of the standard library, in path order."""
+def split_corpus() -> tuple[dict[str, str], dict[str, str]]:
+    """Training and held-out files of the standard library: text by path, in path order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(p for p in root.rglob("*.py") if not SKIPPED_FOLDERS & set(p.relative_to(root).parts))
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
-    held_out = [text for index, text in enumerate(texts) if index % 20 == 7]
-    train = [text for index, text in enumerate(texts) if index % 20 != 7]
+    texts = {str(p.relative_to(root)): p.read_text(encoding="utf-8", errors="replace") for p in paths}
+    held_out = {path: text for index, (path, text) in enumerate(texts.items()) if index % 20 == 7}
+    train = {path: text for path, text in texts.items() if path not in held_out}
     return train, held_out
+
+
+def write_held_out(output: Path) -> None:
+    """One JSON line per held-out file, shortest first, up to HELD_OUT_BYTES."""
+    _, held_out = split_corpus()
+    lines, total = [], 0
+    for path, text in sorted(held_out.items(), key=lambda item: (len(item[1]), item[0])):
+        if not path.startswith("encodings/") and text and total + len(text) <= HELD_OUT_BYTES:
+            total += len(text)
+            lines.append(json.dumps({"path": path, "text": text}))
+    output.write_text("\n".join(lines) + "\n")
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -103,7 +119,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
-def token_stream(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
+def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
     """All files in one row: `<s>` file `</s>` `<s>` file `</s>` ..."""
     ids: list[int] = []
     for text in texts:
@@ -152,32 +168,41 @@ def held_out_loss(model: PreTrainedModel, stream: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", choices=sorted(RECIPES))
-    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("what", choices=[*sorted(RECIPES), "heldout"])
+    parser.add_argument("output", type=Path)
     arguments = parser.parse_args()
-    recipe = RECIPES[arguments.recipe]
+    if arguments.what == "heldout":
+        write_held_out(arguments.output)
+    else:
+        train_demo_model(arguments.what, arguments.output)
+
+
+def train_demo_model(name: str, output_dir: Path) -> None:
+    """Train, measure and write one model with its tokenizer and README."""
+    recipe = RECIPES[name]
 
     torch.manual_seed(0)
     train_texts, held_out_texts = split_corpus()
-    tokenizer = train_tokenizer(train_texts)
-    model_class = {"llama": LlamaForCausalLM, "opt": OPTForCausalLM}[arguments.recipe]
+    tokenizer = train_tokenizer(list(train_texts.values()))
+    model_class = {"llama": LlamaForCausalLM, "opt": OPTForCausalLM}[name]
     model = model_class(recipe.config)
-    stream = token_stream(train_texts, tokenizer)
+    stream = token_stream(train_texts.values(), tokenizer)
     started = time.perf_counter()
     train(model, stream, recipe)
     model.eval()
-    loss = held_out_loss(model, token_stream(held_out_texts, tokenizer))
+    loss = held_out_loss(model, token_stream(held_out_texts.values(), tokenizer))
 
-    model.to(torch.bfloat16).save_pretrained(arguments.output_dir)
-    tokenizer.save_pretrained(arguments.output_dir)
-    summary = f"""# Demo model, trained by `examples/demo/train.py {arguments.recipe}`
+    model.to(torch.bfloat16).save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    minutes = (time.perf_counter() - started) / 60
+    summary = f"""# Demo model, trained by `examples/demo/train.py {name}`
 
-{sum(p.numel() for p in model.parameters()):,} parameters, bfloat16, trained on the `*.py` files of Python's standard library (PSF licence)
-without tests; every 20th file held out. Seed 0, {recipe.num_steps} steps, {recipe.num_steps * STEP_TOKENS:,} tokens seen
-of {len(stream):,}, {(time.perf_counter() - started) / 60:.0f} minutes.
+{sum(p.numel() for p in model.parameters()):,} parameters, bfloat16. Trained on the `*.py` files of Python's standard
+library (PSF licence) without tests; every 20th file is held out. Seed 0, {recipe.num_steps} steps,
+{recipe.num_steps * STEP_TOKENS:,} tokens seen of {len(stream):,}, {minutes:.0f} minutes.
 Held-out loss in float32 over all windows of {SEQ_LEN}: {loss:.3f} nats per token (perplexity {math.exp(loss):.2f}).
 """
-    (arguments.output_dir / "README.md").write_text(summary)
+    (output_dir / "README.md").write_text(summary)
     print(summary)
 
 

@@ -1,0 +1,1 @@
+"""Entry points: the `lorc` command and the modules that a Ray job runs."""

@@ -1,0 +1,151 @@
+"""The `lorc` command. Exit codes: 0 all good, 1 a model or gate failed, 2 the request is wrong."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+except ModuleNotFoundError as missing:
+    sys.exit(f"the lorc command needs the extra packages of its pipeline ({missing}): pip install 'lorc[pipeline]'")
+
+from lorc_core.errors import ConfigError, LorcError
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+app = typer.Typer(
+    help="Compress the KV caches of a zoo of language models, measure what it cost, register and promote the variants.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Benchmarks: figures as ratios within one run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+ZooFile = Annotated[Path, typer.Argument(metavar="ZOO", help="The zoo file (YAML).")]
+Workdir = Annotated[Path, typer.Option(help="Holds finished steps, tables and the default MLflow store.")]
+WORKDIR = Path("lorc-work")
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False) -> None:
+    """Read by `main` from the command line, since an error may come before any command."""
+
+
+@app.command()
+def plan(zoo: ZooFile, workdir: Workdir = WORKDIR) -> None:
+    """Show what would run, what is done, and cache sizes before and after, from the configs alone."""
+    from jobs.show_plan import show_plan
+
+    raise typer.Exit(show_plan(zoo, workdir))
+
+
+@app.command()
+def run(zoo: ZooFile, workdir: Workdir = WORKDIR) -> None:
+    """Compress, evaluate and register everything in the zoo file; goes on where it was stopped."""
+    from jobs.compress_zoo import compress_zoo
+
+    raise typer.Exit(compress_zoo(zoo, workdir, until="register"))
+
+
+@app.command()
+def compress(zoo: ZooFile, workdir: Workdir = WORKDIR) -> None:
+    """Only decompose, schedule and write the variants."""
+    from jobs.compress_zoo import compress_zoo
+
+    raise typer.Exit(compress_zoo(zoo, workdir, until="compress"))
+
+
+@app.command()
+def evaluate(zoo: ZooFile, workdir: Workdir = WORKDIR) -> None:
+    """Compress and evaluate, without registering."""
+    from jobs.compress_zoo import compress_zoo
+
+    raise typer.Exit(compress_zoo(zoo, workdir, until="evaluate"))
+
+
+@app.command()
+def register(zoo: ZooFile, workdir: Workdir = WORKDIR) -> None:
+    """The same as run: compress, evaluate and register."""
+    from jobs.compress_zoo import compress_zoo
+
+    raise typer.Exit(compress_zoo(zoo, workdir, until="register"))
+
+
+@app.command()
+def promote(
+    reference: Annotated[str, typer.Argument(metavar="NAME", help="NAME (its candidate), NAME/VERSION or NAME@ALIAS.")],
+    to: Annotated[str, typer.Option(help="The alias to move.")] = "champion",
+    zoo: Annotated[Path | None, typer.Option(help="Take the gates from this zoo file instead.")] = None,
+    workdir: Workdir = WORKDIR,
+) -> None:
+    """Make a registered variant the champion, if the gates accept it; the reasons of a refusal become tags."""
+    from jobs.promote import promote_variant
+
+    raise typer.Exit(promote_variant(reference, to, zoo, workdir))
+
+
+@app.command()
+def regress(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Models; all champions if absent.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster; started here if absent.")] = None,
+    workdir: Workdir = WORKDIR,
+) -> None:
+    """Evaluate the champions again on their pinned tokens and compare with their registered scores."""
+    from jobs.regression_eval import regress_champions
+
+    raise typer.Exit(regress_champions(names or [], address, workdir))
+
+
+@app.command()
+def generate(
+    variant: Annotated[str, typer.Argument(help="A variant's directory, or NAME, NAME/VERSION, NAME@ALIAS.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    workdir: Workdir = WORKDIR,
+) -> None:
+    """Continue a text with a compressed cache."""
+    from jobs.generate import generate_text
+
+    raise typer.Exit(generate_text(variant, prompt, max_new_tokens, workdir))
+
+
+@bench.command("svd")
+def bench_svd() -> None:
+    """Our decomposition against numpy.linalg.svd on the key shapes of 8B, 13B and 70B models."""
+    from jobs.bench_svd import main as bench_svd_main
+
+    bench_svd_main()
+
+
+def main() -> None:
+    """The console script."""
+    guarded(app)
+
+
+def run_command(command: Callable[..., None]) -> None:
+    """Run one function as a command line of its own, as `python -m jobs.<name>` does."""
+    single = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+    single.command()(command)
+    guarded(single)
+
+
+def guarded(command: typer.Typer) -> None:
+    """A foreseen error is one line on standard error and an exit code."""
+    try:
+        command()
+    except LorcError as error:
+        if "--debug" in sys.argv:
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+if __name__ == "__main__":
+    main()

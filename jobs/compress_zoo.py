@@ -1,0 +1,52 @@
+"""Compress, evaluate and register a zoo: `lorc run ZOO`, or `python -m jobs.compress_zoo ZOO` in a Ray job."""
+
+from pathlib import Path
+
+import typer
+
+from jobs.screen import StepProgress, console, results_table
+from pipeline.results import results
+from pipeline.zoo import load_zoo
+from pipeline.zoo_run import Until, ZooRun, run_zoo
+
+
+def compress_zoo(zoo_file: Path, workdir: Path, until: Until) -> int:
+    """Run a zoo file up to a kind of step, with progress bars and a table.
+
+    Returns:
+        The exit code: 1 if any model failed, else 0.
+    """
+    zoo = load_zoo(zoo_file)
+    screen = console()
+    progress = StepProgress(screen)
+    with progress.bars:
+        done = run_zoo(zoo, workdir, until=until, on_plan=progress.plan, on_outcome=progress.record)
+    if rows := results(done):
+        screen.print(results_table(rows))
+    screen.print(summary(done))
+    return 1 if done.failures else 0
+
+
+def summary(done: ZooRun) -> str:
+    """What ran, what had been done, what failed, and where it all is."""
+    count = {
+        status: sum(one.status == status for one in done.outcomes) for status in ("ran", "cached", "failed", "skipped")
+    }
+    lines = [f"{count['ran']} steps ran, {count['cached']} were done before; everything is in {done.store.root}"]
+    if count["failed"]:
+        failed = ", ".join(dict.fromkeys(outcome.model for outcome in done.failures))
+        lines.append(
+            f"[red]{count['failed']} steps failed and {count['skipped']} that need them were skipped: {failed}[/red]"
+        )
+    return "\n".join(lines)
+
+
+def main(zoo: Path, workdir: Path = Path("lorc-work")) -> None:
+    """The form a Ray job submits."""
+    raise typer.Exit(compress_zoo(zoo, workdir, until="register"))
+
+
+if __name__ == "__main__":
+    from jobs.cli import run_command
+
+    run_command(main)

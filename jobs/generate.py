@@ -1,0 +1,41 @@
+"""Continue a text with a variant's compressed cache: `lorc generate VARIANT PROMPT`."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, TextStreamer
+from transformers.utils import logging as transformers_logging
+
+import lorc_core
+from lorc_core.errors import ConfigError
+from lorc_core.variant import CONFIG_FILE
+from pipeline.graph import default_tracking_uri
+from pipeline.models import model_directory
+
+
+def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: Path) -> int:
+    """Stream a greedy continuation to standard output. Returns the exit code."""
+    transformers_logging.disable_progress_bar()
+    directory = variant_directory(reference, workdir)
+    base = lorc_core.load_variant(directory).base
+    base_dir = model_directory(base.source, base.revision)
+    model = lorc_core.load(directory, base=base_dir, dtype="auto", device_map="auto")
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs.pop("token_type_ids", None)
+    if not inputs["input_ids"].shape[1]:
+        raise ConfigError("the prompt is empty")
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    return 0
+
+
+def variant_directory(reference: str, workdir: Path) -> Path:
+    """A variant on disk, or the files of a registered one (its champion, unless a version or alias is named)."""
+    if (Path(reference) / CONFIG_FILE).is_file():
+        return Path(reference)
+    if Path(reference).is_dir():
+        raise ConfigError(f"{reference}: a directory without {CONFIG_FILE} is no variant")
+    from pipeline.registry import CHAMPION, connect, find_version, read_version
+
+    client = connect(default_tracking_uri(None, workdir.resolve()))
+    return read_version(client, find_version(client, reference, CHAMPION)).variant_dir

@@ -1,0 +1,44 @@
+"""Promote a registered variant: `lorc promote NAME`, or `python -m jobs.promote NAME` in a scheduled job."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.cli import run_command
+from jobs.screen import console
+from pipeline.graph import default_tracking_uri
+from pipeline.registry import promote
+from pipeline.zoo import load_zoo
+
+
+def promote_variant(reference: str, alias: str, zoo_file: Path | None, workdir: Path) -> int:
+    """Move the alias if the gates accept the version.
+
+    Returns:
+        The exit code: 1 if it was refused, else 0.
+    """
+    zoo = load_zoo(zoo_file) if zoo_file is not None else None
+    version, reasons = promote(default_tracking_uri(zoo, workdir.resolve()), reference, alias, zoo and zoo.gates)
+    name = f"{version.name} version {version.version} ({version.tags['variant']})"
+    if reasons:
+        console().print(f"[red]refused[/red] {name}:")
+        for reason in reasons:
+            console().print(f"  {reason}")
+        return 1
+    console().print(f"[green]promoted[/green] {name} to {version.name}@{alias}")
+    return 0
+
+
+def main(
+    reference: Annotated[str, typer.Argument(metavar="NAME")],
+    to: str = "champion",
+    zoo: Path | None = None,
+    workdir: Path = Path("lorc-work"),
+) -> None:
+    """The form a Ray job submits."""
+    raise typer.Exit(promote_variant(reference, to, zoo, workdir))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,66 @@
+"""Re-evaluate the champions: `lorc regress`, or `python -m jobs.regression_eval` on a schedule."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from jobs.cli import run_command
+from jobs.screen import StepProgress, console
+from pipeline.graph import default_tracking_uri
+from pipeline.regression import Verdict, regress
+
+
+def regress_champions(names: list[str], address: str | None, workdir: Path) -> int:
+    """Evaluate, print the verdicts.
+
+    Returns:
+        The exit code: 1 if a champion fell or could not be evaluated, else 0.
+    """
+    screen = console()
+    progress = StepProgress(screen)
+    with progress.bars:
+        uri = default_tracking_uri(None, workdir.resolve())
+        verdicts = regress(uri, names, address, workdir, progress.plan, progress.record)
+    screen.print(verdict_table(verdicts))
+    return 0 if all(verdict.passed for verdict in verdicts) else 1
+
+
+def verdict_table(verdicts: list[Verdict]) -> Table:
+    table = Table(title="champions against their registered scores, loss in nats per token")
+    for name in ("champion", "text"):
+        table.add_column(name)
+    for name in ("registered", "now", "rise", "bytes/token"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    for verdict in verdicts:
+        name = f"{verdict.version.name}/{verdict.version.version}"
+        if verdict.error is not None:
+            table.add_row(name, "", "", "", "", "", f"[red]{escape(verdict.summary)}[/red]")
+        for row in verdict.rows:
+            rise = row["loss"] - row["registered_loss"]
+            table.add_row(
+                name,
+                row["text"],
+                f"{row['registered_loss']:.4f}",
+                f"{row['loss']:.4f}",
+                f"{rise:+.5f} ±{row['loss_rise_standard_error']:.5f}",
+                f"{row['bytes_per_token']:,.0f}",
+                "[red]fell[/red]" if row["fell"] else "[green]passed[/green]",
+            )
+    return table
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...")] = None,
+    address: str | None = None,
+    workdir: Path = Path("lorc-work"),
+) -> None:
+    """The form a scheduled Ray job submits."""
+    raise typer.Exit(regress_champions(names or [], address, workdir))
+
+
+if __name__ == "__main__":
+    run_command(main)

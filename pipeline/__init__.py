@@ -1,0 +1,1 @@
+"""The lorc pipeline: steps, Ray, evaluation, MLflow. The only package that knows Ray, MLflow and Parquet."""

@@ -1,0 +1,108 @@
+"""Evaluate a model, baseline or with a variant attached: loss on pinned tokens and bytes of the cache.
+
+Windows are scored through the cache: the first half is prefilled, the second half reads it, so that what a variant
+loses is seen where serving would see it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import infer_auto_device_map, init_empty_weights
+from accelerate.utils import compute_module_sizes, get_balanced_memory, get_max_memory
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from lorc_core.checkpoint import read_config
+from lorc_core.errors import NumericsError
+from lorc_core.memory import cache_bytes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def device_plan(
+    config: PreTrainedConfig, dtype: torch.dtype, max_memory: dict[int | str, int]
+) -> tuple[dict[str, int | str], dict[int | str, int]]:
+    """Which module goes to which device, balanced, from the config alone; no weight is read.
+
+    Args:
+        config: Of a causal language model.
+        dtype: That the weights will have.
+        max_memory: Bytes per device: GPU numbers, "cpu", "disk".
+
+    Returns:
+        The device of each module, and the bytes of weights on each device.
+    """
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    options = {"no_split_module_classes": model._no_split_modules, "dtype": dtype}
+    if set(max_memory) != {"cpu"}:
+        max_memory = get_balanced_memory(model, max_memory, **options)
+    devices = infer_auto_device_map(model, max_memory, **options)
+    sizes = compute_module_sizes(model, dtype=dtype)
+    held: dict[int | str, int] = {}
+    for module, device in devices.items():
+        held[device] = held.get(device, 0) + sizes[module]
+    return devices, held
+
+
+@contextmanager
+def loaded_model(model_dir: Path, dtype: str, *, trust_remote_code: bool = False) -> Iterator[PreTrainedModel]:
+    """A model in evaluation mode, spread by accelerate over the devices this process may use."""
+    transformers_logging.disable_progress_bar()
+    config = read_config(model_dir, trust_remote_code=trust_remote_code)
+    devices, _ = device_plan(config, DTYPES[dtype], get_max_memory())
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=DTYPES[dtype], device_map=devices, trust_remote_code=trust_remote_code
+    )
+    try:
+        yield model.eval()
+    finally:
+        del model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def window_losses(
+    model: PreTrainedModel, windows: Int[np.ndarray, "windows tokens"], batch_size: int
+) -> tuple[Float[np.ndarray, " windows"], float]:
+    """Mean loss of each window in nats per token, and the measured cache bytes per token.
+
+    Args:
+        model: With or without a variant attached.
+        windows: Token ids; the first token of each window is not scored.
+        batch_size: Windows at a time.
+
+    Raises:
+        NumericsError: A loss is NaN or infinite.
+    """
+    losses, held_bytes = [], 0
+    for batch in torch.from_numpy(windows).split(batch_size):
+        ids = batch.to(model.device)
+        logits, batch_bytes = logits_through_cache(model, ids)
+        held_bytes += batch_bytes
+        token_losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), ids[:, 1:].to(logits.device), reduction="none"
+        )
+        losses.append(token_losses.mean(dim=1).double().cpu().numpy())
+    joined = np.concatenate(losses)
+    if not np.isfinite(joined).all():
+        raise NumericsError(f"window {int(np.argmin(np.isfinite(joined)))}: the loss is NaN or infinite")
+    return joined, held_bytes / windows.size
+
+
+def logits_through_cache(
+    model: PreTrainedModel, ids: Int[Tensor, "b tokens"]
+) -> tuple[Float[Tensor, "b tokens vocab"], int]:
+    """Logits of all tokens, the second half computed from the first half's cache, and that cache's final bytes."""
+    half = ids.shape[1] // 2
+    cache = DynamicCache(config=model.config)
+    first = model(input_ids=ids[:, :half], past_key_values=cache, use_cache=True).logits
+    second = model(input_ids=ids[:, half:], past_key_values=cache, use_cache=True).logits
+    return torch.cat([first, second], dim=1), cache_bytes(cache)

@@ -1,0 +1,88 @@
+"""From a zoo entry to a model on disk, its identity and its architecture."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import PreTrainedConfig
+
+from lorc_core.architecture import Architecture, architecture_of
+from lorc_core.checkpoint import Checkpoint, read_config
+from lorc_core.errors import ConfigError
+from lorc_core.variant import BaseModel
+from pipeline.zoo import ModelEntry
+
+NEEDED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.bin.index.json")
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A zoo entry whose files are on disk and were checked."""
+
+    entry: ModelEntry
+    directory: Path
+    base: BaseModel
+    architecture: Architecture
+    weight_bytes: int
+
+
+def resolve(entry: ModelEntry, *, fetch_missing: bool = True) -> ResolvedModel:
+    """Fetch a model if it is a hub id, check its files, read its architecture.
+
+    Args:
+        entry: From the zoo file.
+        fetch_missing: Whether a hub model that is not on disk may be downloaded.
+
+    Raises:
+        LorcError: As `Checkpoint` and `architecture_of` do, or ConfigError where the hub has no such model.
+    """
+    directory = model_directory(entry.source, entry.revision, fetch_missing=fetch_missing)
+    checkpoint = Checkpoint(directory)
+    architecture = architecture_of(read_config(directory, trust_remote_code=entry.trust_remote_code))
+    fingerprint = checkpoint.fingerprint(architecture.tensor_names())
+    return ResolvedModel(
+        entry=entry,
+        directory=directory,
+        base=BaseModel(source=entry.source, revision=entry.revision, fingerprint=fingerprint),
+        architecture=architecture,
+        weight_bytes=sum(path.stat().st_size for path in checkpoint.headers),
+    )
+
+
+def model_directory(source: str, revision: str | None, *, fetch_missing: bool = True) -> Path:
+    """A model's files: the directory itself, or the local snapshot of a hub id.
+
+    Raises:
+        ConfigError: The hub has no such model, or it is not on disk and must not be fetched.
+    """
+    if source.startswith("/"):
+        return Path(source)
+    try:
+        snapshot = snapshot_download(
+            source, revision=revision, allow_patterns=list(NEEDED_FILES), local_files_only=not fetch_missing
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"hub model {source} could not be fetched ({str(error).splitlines()[0]}); "
+            f"a local directory is written ./{source}"
+        ) from error
+    return Path(snapshot)
+
+
+def config_for_planning(entry: ModelEntry) -> PreTrainedConfig:
+    """The config alone: the local copy named in the zoo file, the directory's, or the hub's.
+
+    Raises:
+        ConfigError: The named file does not exist.
+        ArtifactError: It cannot be read.
+    """
+    if entry.config is not None:
+        if not entry.config.is_file():
+            raise ConfigError(f"model {entry.name}: config file {entry.config} does not exist")
+        return read_config(entry.config)
+    if entry.is_directory:
+        if not Path(entry.source).is_dir():
+            raise ConfigError(f"model directory {entry.source} does not exist")
+        return read_config(Path(entry.source), trust_remote_code=entry.trust_remote_code)
+    return read_config(entry.source, revision=entry.revision or "main")

@@ -1,0 +1,109 @@
+"""What a zoo file would do, from configs alone: cache sizes, net memory, devices, steps that are done."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from lorc_core.architecture import Architecture, architecture_of
+from lorc_core.errors import LorcError
+from lorc_core.memory import bytes_per_token, factor_floats, full_floats_per_token
+from lorc_core.schedule import LayerSpectrum, Uniform
+from pipeline.evaluation import DTYPES, device_plan
+from pipeline.graph import GIB, default_tracking_uri, model_steps
+from pipeline.models import config_for_planning, resolve
+from pipeline.steps import Store, distinct
+from pipeline.zoo import ModelEntry, VariantEntry, Zoo, variant_label
+from pipeline.zoo_run import wanted_steps
+
+
+@dataclass(frozen=True)
+class PlannedCache:
+    """Memory of one model's cache at the zoo file's serving load, in bytes; `factors` stay loaded beside the base."""
+
+    variant: str
+    cache_bytes: int
+    factor_bytes: int
+
+    @property
+    def net_bytes(self) -> int:
+        return self.cache_bytes + self.factor_bytes
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What would be done for one model; `error` instead if its config cannot be used."""
+
+    name: str
+    caches: tuple[PlannedCache, ...] = ()
+    devices: str = ""
+    steps: str = ""
+    error: str | None = None
+
+
+def plan_model(zoo: Zoo, entry: ModelEntry, store: Store) -> ModelPlan:
+    """The plan for one model; reads its config, never its weights unless they are on disk to be hashed."""
+    try:
+        config = config_for_planning(entry)
+        architecture = architecture_of(config)
+        return ModelPlan(
+            name=entry.name,
+            caches=planned_caches(zoo, entry, architecture),
+            devices=planned_devices(zoo, entry, config),
+            steps=done_steps(zoo, entry, store),
+        )
+    except LorcError as error:
+        return ModelPlan(entry.name, error=str(error))
+
+
+def planned_caches(zoo: Zoo, entry: ModelEntry, architecture: Architecture) -> tuple[PlannedCache, ...]:
+    """The baseline's cache and each variant's, at the zoo file's batch size and context."""
+    tokens = zoo.serving.batch_size * zoo.serving.context_tokens
+    element_bytes = DTYPES[entry.dtype].itemsize
+    full = full_floats_per_token(architecture)
+    planned = [PlannedCache("baseline", tokens * bytes_per_token(full, element_bytes), 0)]
+    for variant in zoo.variants:
+        for kept_fraction in variant.kept_fraction:
+            floats = factor_estimate(variant, architecture, kept_fraction)
+            cached = round(tokens * bytes_per_token(full, element_bytes) * kept_fraction)
+            planned.append(PlannedCache(variant_label(variant, kept_fraction), cached, floats * element_bytes))
+    return tuple(planned)
+
+
+def factor_estimate(variant: VariantEntry, architecture: Architecture, kept_fraction: float) -> int:
+    """Factor floats if every layer had the mean rank.
+
+    Exact for the uniform schedule; for others it is the most they can be, since a joint factor's size is its rank
+    times the width, ranks add up to the same, and layers left at full width need none.
+    """
+    schedule = variant.schedule if isinstance(variant.schedule, Uniform) else Uniform()
+    spectra = [LayerSpectrum(architecture.kv_width, 0.0, 0.0)] * architecture.num_layers
+    return factor_floats(schedule.ranks(spectra, kept_fraction), bias=architecture.bias)
+
+
+def planned_devices(zoo: Zoo, entry: ModelEntry, config: PreTrainedConfig) -> str:
+    """How accelerate would spread the evaluated model over the GPUs that the zoo file declares, in GiB."""
+    gpus = min(zoo.cluster.gpus, round(entry.resources.num_gpus)) if entry.resources.num_gpus else 0
+    if not gpus or zoo.cluster.gpu_memory_gib is None:
+        return "on the CPU"
+    capacity = int(zoo.cluster.gpu_memory_gib * GIB)
+    _, held = device_plan(config, DTYPES[entry.dtype], dict.fromkeys(range(gpus), capacity))
+    sizes = ", ".join(f"{device}: {size / GIB:.1f}" for device, size in held.items())
+    return f"weights per GPU in GiB, of {zoo.cluster.gpu_memory_gib:g} each: {sizes}"
+
+
+def done_steps(zoo: Zoo, entry: ModelEntry, store: Store) -> str:
+    """How many of the model's steps are finished, if its files are here."""
+    try:
+        model = resolve(entry, fetch_missing=False)
+    except LorcError as error:
+        if entry.is_directory:
+            raise
+        return f"not fetched yet ({error})" if entry.config is None else "not fetched yet"
+    planned = model_steps(zoo, model, store, default_tracking_uri(zoo, store.root))
+    steps = distinct(wanted_steps([planned], "register"))
+    left: dict[str, int] = {}
+    for step in steps:
+        if not store.is_done(step):
+            left[step.name] = left.get(step.name, 0) + 1
+    todo = ", ".join(f"{count} {name}" for name, count in left.items())
+    return f"{len(steps) - sum(left.values())} of {len(steps)} steps done" + (f"; to do: {todo}" if todo else "")

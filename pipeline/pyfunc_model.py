@@ -1,0 +1,37 @@
+"""A registered variant as MLflow serves it: text in, text out. Logged as code, so nothing is pickled."""
+
+from typing import Any
+
+import mlflow
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+
+class CompressedModel(PythonModel):
+    """Loads the base model where the variant says it is, attaches the variant, generates."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        from transformers import AutoTokenizer
+
+        import lorc_core
+
+        directory = context.artifacts["variant"]
+        source = lorc_core.load_variant(directory).base.source
+        self.model = lorc_core.load(
+            directory, dtype="auto", trust_remote_code=context.model_config["trust_remote_code"]
+        )
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+
+    def predict(
+        self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
+    ) -> list[str]:
+        """One continuation per prompt; `params` go to `generate`."""
+        texts = []
+        for prompt in model_input:
+            inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
+            inputs.pop("token_type_ids", None)
+            output = self.model.generate(**inputs, **(params or {"max_new_tokens": 64}))
+            texts.append(self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        return texts
+
+
+mlflow.models.set_model(CompressedModel())

@@ -1,0 +1,306 @@
+"""The model registry: the one file that knows MLflow.
+
+One parent run per model holds the baseline; one child run per variant holds its recipe, scores, memory, the pinned
+tokens it was scored on, and the variant itself as a pyfunc model, registered by its `runs:/` URI.
+"""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+
+from lorc_core.errors import ArtifactError, ConfigError
+from lorc_core.variant import load_variant
+from pipeline.gates import reasons_to_refuse, text_rise
+from pipeline.tables import read_rows
+from pipeline.zoo import Gates
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)
+logging.getLogger("alembic").setLevel(logging.WARNING)
+
+BASELINE_TAG = "lorc.baseline"
+DETAILS_TAG = "lorc.details"
+REFUSED_TAG = "lorc.refused"
+CANDIDATE, CHAMPION = "candidate", "champion"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A registered version with what was recorded beside it.
+
+    Attributes:
+        variant_dir: The variant's files, local.
+        evaluation_dir: `<text>.npy` windows and `window_losses.parquet`, local.
+        details: Gates, texts, evaluation settings, as the zoo file had them.
+    """
+
+    version: ModelVersion
+    metrics: dict[str, float]
+    variant_dir: Path
+    evaluation_dir: Path
+    details: dict[str, Any]
+
+
+def connect(tracking_uri: str) -> MlflowClient:
+    """A client of the tracking store, which is created first if it is a sqlite file that is not there."""
+    mlflow.set_tracking_uri(tracking_uri)
+    mlflow.set_registry_uri(tracking_uri)
+    return MlflowClient(tracking_uri)
+
+
+def register_variant(
+    *,
+    tracking_uri: str,
+    artifact_root: str | None,
+    experiment: str,
+    model_name: str,
+    label: str,
+    gates: dict[str, Any],
+    settings: dict[str, Any],
+    text_names: Sequence[str],
+    trust_remote_code: bool,
+    resources: dict[str, Any],
+    variant: Path,
+    baseline: Path,
+    evaluation: Path,
+    windows: Sequence[Path],
+) -> dict[str, str]:
+    """Log a run for the variant, below its model's parent run, and register it as a new version.
+
+    Returns:
+        Name, version and run id.
+    """
+    client = connect(tracking_uri)
+    experiment_id = find_experiment(client, experiment, artifact_root)
+    parent = parent_run(client, experiment_id, model_name, baseline)
+    details = {
+        "gates": gates,
+        "texts": list(text_names),
+        "settings": settings,
+        "trust_remote_code": trust_remote_code,
+        "resources": resources,
+    }
+    run = client.create_run(
+        experiment_id,
+        tags={MLFLOW_PARENT_RUN_ID: parent.info.run_id, MLFLOW_RUN_NAME: label, DETAILS_TAG: json.dumps(details)},
+        run_name=label,
+    )
+    run_id = run.info.run_id
+    log_recipe(client, run_id, variant, settings)
+    metrics = variant_metrics(baseline, evaluation)
+    for name, value in metrics.items():
+        client.log_metric(run_id, name, value)
+    log_files(client, run_id, variant, evaluation, dict(zip(text_names, windows, strict=True)), trust_remote_code)
+    client.set_terminated(run_id)
+    tags = {"variant": label} | {name: f"{value:.6g}" for name, value in metrics.items()}
+    version = mlflow.register_model(f"runs:/{run_id}/model", model_name, tags=tags)
+    return {"name": model_name, "version": version.version, "run_id": run_id}
+
+
+def find_experiment(client: MlflowClient, name: str, artifact_root: str | None) -> str:
+    """Id of the experiment, made if absent; a server chooses its own artifact location."""
+    found = client.get_experiment_by_name(name)
+    return found.experiment_id if found else client.create_experiment(name, artifact_location=artifact_root)
+
+
+def parent_run(client: MlflowClient, experiment_id: str, model_name: str, baseline: Path) -> Run:
+    """The run that holds the model's baseline, made at its first variant."""
+    query = f"tags.`{BASELINE_TAG}` = '{baseline.name}' and attributes.run_name = '{model_name}'"
+    if found := client.search_runs([experiment_id], query, max_results=1):
+        return found[0]
+    run = client.create_run(experiment_id, tags={BASELINE_TAG: baseline.name}, run_name=model_name)
+    for row in read_rows(baseline, "scores"):
+        client.log_metric(run.info.run_id, f"loss.{row['text']}", row["loss"])
+        client.log_metric(run.info.run_id, f"perplexity.{row['text']}", row["perplexity"])
+        client.log_metric(run.info.run_id, "bytes_per_token", row["bytes_per_token"])
+    client.set_terminated(run.info.run_id)
+    return run
+
+
+def log_recipe(client: MlflowClient, run_id: str, directory: Path, settings: dict[str, Any]) -> None:
+    variant = load_variant(directory)
+    params = {
+        "base": variant.base.source,
+        "base_fingerprint": variant.base.fingerprint,
+        "method": variant.method,
+        "rank_note": variant.ranks.note,
+        **{f"schedule.{name}": value for name, value in variant.schedule.items()},
+        **{f"evaluation.{name}": value for name, value in settings.items()},
+    }
+    for name, value in params.items():
+        client.log_param(run_id, name, value)
+
+
+def variant_metrics(baseline: Path, evaluation: Path) -> dict[str, float]:
+    """Scores, recovery and memory of a variant, and the baseline's beside them."""
+    reference = {row["text"]: row for row in read_rows(baseline, "scores")}
+    metrics: dict[str, float] = {}
+    for row in read_rows(evaluation, "scores"):
+        text, before = row["text"], reference[row["text"]]
+        rise = text_rise(baseline, evaluation, text)
+        metrics |= {
+            f"loss.{text}": row["loss"],
+            f"loss_rise.{text}": rise.nats,
+            f"loss_rise_standard_error.{text}": rise.standard_error,
+            f"perplexity.{text}": row["perplexity"],
+            f"perplexity_rise.{text}": rise.perplexity_rise,
+            f"recovery.{text}": rise.recovery,
+            f"baseline_perplexity.{text}": before["perplexity"],
+            "bytes_per_token": row["bytes_per_token"],
+            "baseline_bytes_per_token": before["bytes_per_token"],
+            "kept_fraction": row["bytes_per_token"] / before["bytes_per_token"],
+            "factor_bytes": row["factor_bytes"],
+        }
+    return metrics
+
+
+def log_files(
+    client: MlflowClient,
+    run_id: str,
+    variant: Path,
+    evaluation: Path,
+    windows: dict[str, Path],
+    trust_remote_code: bool,
+) -> None:
+    """Put the variant (as a pyfunc model) and what it was scored on into the run's artifact directory."""
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        shutil.copytree(variant, scratch / "variant")
+        mlflow.pyfunc.save_model(
+            scratch / "model",
+            python_model=Path(__file__).with_name("pyfunc_model.py"),
+            artifacts={"variant": str(scratch / "variant")},
+            model_config={"trust_remote_code": trust_remote_code},
+            pip_requirements=["lorc"],
+        )
+        client.log_artifacts(run_id, scratch / "model", "model")
+        (scratch / "evaluation").mkdir()
+        shutil.copy(evaluation / "window_losses.parquet", scratch / "evaluation")
+        shutil.copy(evaluation / "scores.parquet", scratch / "evaluation")
+        for text, directory in windows.items():
+            shutil.copy(directory / "windows.npy", scratch / "evaluation" / f"{text}.npy")
+        client.log_artifacts(run_id, scratch / "evaluation", "evaluation")
+
+
+def choose_candidate(tracking_uri: str, model_name: str, versions: Sequence[str]) -> str:
+    """Point the alias `candidate` at the smallest cache that passes its gates or, if none does, at the least loss.
+
+    Returns:
+        The version chosen.
+    """
+    client = connect(tracking_uri)
+    found = [read_version(client, client.get_model_version(model_name, version)) for version in versions]
+    passing = [one for one in found if not refusals(one)]
+    if passing:
+        chosen = min(passing, key=lambda one: one.metrics["bytes_per_token"])
+    else:
+        texts = found[0].details["texts"]
+        chosen = min(found, key=lambda one: sum(one.metrics[f"loss.{text}"] for text in texts))
+    client.set_registered_model_alias(model_name, CANDIDATE, chosen.version.version)
+    return chosen.version.version
+
+
+def refusals(registered: Registered, gates: Gates | None = None) -> list[str]:
+    """Why the gates (its own, unless others are given) refuse a registered version."""
+    own = Gates.model_validate(registered.details["gates"])
+    return reasons_to_refuse(gates or own, registered.metrics, registered.details["texts"])
+
+
+def read_version(client: MlflowClient, version: ModelVersion) -> Registered:
+    """What the registry holds of a version.
+
+    Raises:
+        ArtifactError: It was not registered by lorc.
+    """
+    run = client.get_run(version.run_id) if version.run_id else None
+    if run is None or DETAILS_TAG not in run.data.tags:
+        raise ArtifactError(f"{version.name} version {version.version} was not registered by lorc")
+    return Registered(
+        version=version,
+        metrics=dict(run.data.metrics),
+        variant_dir=Path(client.download_artifacts(version.run_id, "model/artifacts/variant")),
+        evaluation_dir=Path(client.download_artifacts(version.run_id, "evaluation")),
+        details=json.loads(run.data.tags[DETAILS_TAG]),
+    )
+
+
+def find_version(client: MlflowClient, reference: str, default_alias: str) -> ModelVersion:
+    """The version that `name`, `name@alias` or `name/version` means.
+
+    Raises:
+        ConfigError: There is none; the message says what there is.
+    """
+    name, at, alias = reference.partition("@")
+    name, slash, number = name.partition("/")
+    try:
+        model = client.get_registered_model(name)
+    except MlflowException as error:
+        known = ", ".join(found.name for found in client.search_registered_models()) or "none"
+        raise ConfigError(f"no registered model {name!r}; registered are {known}") from error
+    try:
+        if slash and not at:
+            return client.get_model_version(name, number)
+        return client.get_model_version_by_alias(name, alias if at else default_alias)
+    except MlflowException as error:
+        numbers = sorted(int(version.version) for version in client.search_model_versions(f"name='{name}'"))
+        aliases = ", ".join(f"{name}@{alias} (version {version})" for alias, version in model.aliases.items()) or "none"
+        wanted = reference if at or slash else f"{name}@{default_alias}"
+        raise ConfigError(
+            f"no version {wanted}; {name} has the versions {name}/{numbers[0]} to {name}/{numbers[-1]} "
+            f"and the aliases {aliases}"
+        ) from error
+
+
+def promote(tracking_uri: str, reference: str, alias: str, gates: Gates | None) -> tuple[ModelVersion, list[str]]:
+    """Move an alias to a version if its gates accept it; the reasons of a refusal are written on the version.
+
+    Args:
+        reference: `name` (its candidate), `name@alias` or `name/version`.
+        alias: To move, `champion` as a rule.
+        gates: Instead of those it was registered with.
+
+    Returns:
+        The version, and the reasons why it was refused; none if it was promoted.
+    """
+    client = connect(tracking_uri)
+    version = find_version(client, reference, CANDIDATE)
+    reasons = refusals(read_version(client, version), gates)
+    if reasons:
+        client.set_model_version_tag(version.name, version.version, REFUSED_TAG, "; ".join(reasons))
+    else:
+        client.set_registered_model_alias(version.name, alias, version.version)
+        client.delete_model_version_tag(version.name, version.version, REFUSED_TAG)
+    return version, reasons
+
+
+def champions(client: MlflowClient, names: Sequence[str]) -> list[ModelVersion]:
+    """The champions of the named models, or of all.
+
+    Raises:
+        ConfigError: A named model has no champion, or no model at all has one.
+    """
+    if names:
+        return [find_version(client, name, CHAMPION) for name in names]
+    found = [
+        client.get_model_version_by_alias(model.name, CHAMPION)
+        for model in client.search_registered_models()
+        if CHAMPION in model.aliases
+    ]
+    if not found:
+        raise ConfigError("no registered model has a champion; `lorc promote NAME` makes one")
+    return found

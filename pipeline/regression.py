@@ -1,0 +1,118 @@
+"""Scheduled regression evaluation: score the champions again and compare with what they were registered with."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+
+from lorc_core.errors import LorcError
+from lorc_core.variant import load_variant
+from pipeline.models import model_directory
+from pipeline.registry import champions, connect, read_version
+from pipeline.runner import run_steps
+from pipeline.steps import Need, Outcome, Step, Store
+from pipeline.tables import collect, read_rows
+from pipeline.zoo import Resources
+
+VERDICT_TAG = "lorc.regression"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What re-evaluating one champion came to: its rows in the table `regressions`, or an error."""
+
+    version: ModelVersion
+    rows: tuple[dict[str, Any], ...]
+    error: str | None
+
+    @property
+    def passed(self) -> bool:
+        return self.error is None and not any(row["fell"] for row in self.rows)
+
+    @property
+    def summary(self) -> str:
+        if self.error is not None:
+            return f"failed: {self.error}"
+        return "passed" if self.passed else "fell"
+
+
+def regress(
+    tracking_uri: str,
+    names: Sequence[str],
+    address: str | None,
+    workdir: Path,
+    on_plan: Callable[[Sequence[Step]], None] = lambda steps: None,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Verdict]:
+    """Re-evaluate champions on their pinned tokens, tag each with the verdict, keep the table.
+
+    Args:
+        tracking_uri: Of the MLflow store.
+        names: Registered models; all that have a champion if empty.
+        address: Of the Ray cluster.
+        workdir: Where the table and the steps go.
+
+    Raises:
+        ConfigError: There is no champion to evaluate.
+    """
+    client = connect(tracking_uri)
+    store = Store(workdir.resolve())
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    steps: dict[str, Step] = {}
+    errors: dict[str, str] = {}
+    found = champions(client, names)
+    for version in found:
+        try:
+            steps[version.name] = regress_step(client, version, started_at)
+        except LorcError as error:
+            errors[version.name] = str(error)
+    on_plan(list(steps.values()))
+    outcomes = {one.model: one for one in run_steps(list(steps.values()), {}, store, address, on_outcome)}
+    verdicts = []
+    for version in found:
+        error = errors.get(version.name) or outcomes[version.name].error
+        rows = () if error else tuple(read_rows(store.path(steps[version.name]), "regressions"))
+        verdicts.append(Verdict(version, rows, error))
+        client.set_model_version_tag(
+            version.name, version.version, VERDICT_TAG, f"{verdicts[-1].summary} at {started_at}"
+        )
+    done = [store.path(step) for step in steps.values() if store.is_done(step)]
+    table = store.root / "tables" / "regressions" / f"{started_at.replace(':', '')}.parquet"
+    collect(table, "regressions", [({}, path) for path in done])
+    return verdicts
+
+
+def regress_step(client: MlflowClient, version: ModelVersion, started_at: str) -> Step:
+    """The step that scores one champion again; its recipe holds the time, so it is never taken from the store.
+
+    Raises:
+        ArtifactError: The registered variant was altered, or its base is gone.
+    """
+    registered = read_version(client, version)
+    base = load_variant(registered.variant_dir).base
+    details = registered.details
+    resources = Resources.model_validate(details["resources"])
+    return Step(
+        name="regress",
+        model=version.name,
+        recipe={
+            "name": version.name,
+            "version": str(version.version),
+            "started_at": started_at,
+            "dtype": details["settings"]["dtype"],
+            "batch_size": details["settings"]["batch_size"],
+            "text_names": details["texts"],
+            "tolerance": details["gates"]["regression_tolerance"],
+        },
+        places={
+            "model_dir": str(model_directory(base.source, base.revision)),
+            "trust_remote_code": details["trust_remote_code"],
+            "variant_dir": str(registered.variant_dir),
+            "evaluation_dir": str(registered.evaluation_dir),
+        },
+        need=Need(resources.num_cpus, resources.num_gpus, resources.memory_bytes),
+    )

@@ -1,0 +1,184 @@
+"""Run steps on Ray, each when its inputs are done: the one file that knows Ray.
+
+Everything that finished is skipped, so an interrupted run goes on where it stopped. A step's foreseen failure is
+an outcome and its dependents are skipped; the other models go on.
+"""
+
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+
+from pipeline.steps import Call, Need, Outcome, Step, Store, call_of
+
+LOST_WORKER_RETRIES = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Steps that run in one task."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def need(self) -> Need | None:
+        return self.steps[0].need
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Connect to the Ray cluster at `address` or $RAY_ADDRESS, or start one in this process.
+
+    Ray's telemetry is off, and a cluster started here asks for a token that no one else has.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address is None and "RAY_ADDRESS" not in os.environ:
+        # Ray asks for a token by itself and would write one to ~/.ray that later clusters trip over. Setting
+        # RAY_AUTH_MODE here is too late: Ray has read it by now.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@ray.remote(max_retries=LOST_WORKER_RETRIES, num_returns="streaming")
+def remote_calls(calls: Sequence[Call], store: Store, num_threads: int) -> Iterator[Outcome]:
+    from pipeline.tasks import run_calls  # torch and transformers; the driver needs neither
+
+    yield from run_calls(calls, store, num_threads)
+
+
+def run_steps(
+    steps: Sequence[Step],
+    done: Mapping[str, Outcome],
+    store: Store,
+    address: str | None,
+    on_outcome: Callable[[Outcome], None],
+) -> list[Outcome]:
+    """Run steps whose inputs are among them or done.
+
+    Args:
+        steps: To run, each once; their order is kept where nothing else decides.
+        done: Outcomes by key of the steps that need not run.
+        store: Where finished artifacts are and go.
+        address: Of the Ray cluster; see `cluster`. None is started for steps that run in this process.
+        on_outcome: Called in this process for every outcome as it comes.
+
+    Returns:
+        One outcome per step, in their order.
+    """
+    outcomes = dict(done)
+    batches = batches_of(steps)
+
+    def record(outcome: Outcome) -> None:
+        outcomes[outcome.key] = outcome
+        on_outcome(outcome)
+
+    with nullcontext() if all(batch.need is None for batch in batches) else cluster(address):
+        drive(batches, outcomes, record, store)
+    return [outcomes[step.key] for step in steps]
+
+
+def batches_of(steps: Sequence[Step]) -> list[Batch]:
+    """Steps of the same group together, every other step alone, in their first steps' order."""
+    groups: dict[str, list[Step]] = {}
+    for step in steps:
+        groups.setdefault(step.group or step.key, []).append(step)
+    return [Batch(tuple(group)) for group in groups.values()]
+
+
+def drive(
+    batches: Sequence[Batch], outcomes: dict[str, Outcome], record: Callable[[Outcome], None], store: Store
+) -> None:
+    """Submit each batch when its inputs have outcomes, and record outcomes as they come, until none is left."""
+    waiting, running = list(batches), {}
+    while waiting or running:
+        ready = [batch for batch in waiting if is_ready(batch, outcomes)]
+        waiting = [batch for batch in waiting if not is_ready(batch, outcomes)]
+        for batch in ready:
+            start(batch, running, outcomes, record, store)
+        if running and not ready:
+            receive(running, outcomes, record)
+
+
+def start(
+    batch: Batch,
+    running: dict[Any, list[Step]],
+    outcomes: dict[str, Outcome],
+    record: Callable[[Outcome], None],
+    store: Store,
+) -> None:
+    """Submit a batch's steps, or run them here, or record why they cannot run."""
+    runnable = skip_broken(batch, outcomes, record)
+    if not runnable:
+        return
+    if batch.need is None:
+        from pipeline.tasks import run_calls
+
+        for outcome in run_calls([call_of(step, store) for step in runnable], store, num_threads=1):
+            record(outcome)
+    elif lack := what_lacks(batch.need):
+        fail(runnable, lack, record)
+    else:
+        running[submit(runnable, batch.need, store)] = runnable
+
+
+def is_ready(batch: Batch, outcomes: dict[str, Outcome]) -> bool:
+    return all(needed.key in outcomes for step in batch.steps for needed in step.input_steps())
+
+
+def skip_broken(batch: Batch, outcomes: dict[str, Outcome], record: Callable[[Outcome], None]) -> list[Step]:
+    """Record the steps whose inputs failed as skipped, naming the cause; return the others."""
+    runnable = []
+    for step in batch.steps:
+        broken = [needed for needed in step.input_steps() if outcomes[needed.key].error is not None]
+        if broken:
+            record(Outcome(step.key, step.name, step.model, "skipped", outcomes[broken[0].key].error, 0.0))
+        else:
+            runnable.append(step)
+    return runnable
+
+
+def fail(steps: Sequence[Step], error: str, record: Callable[[Outcome], None]) -> None:
+    for step in steps:
+        record(Outcome(step.key, step.name, step.model, "failed", error, 0.0))
+
+
+def what_lacks(need: Need) -> str | None:
+    """Why the cluster can never run this, or None. Ray itself would wait for ever."""
+    offered = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    asked = {"CPU": need.num_cpus, "GPU": need.num_gpus, "memory": need.memory_bytes}
+    if any(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in offered):
+        return None
+    nodes = "; ".join(", ".join(f"{name} {node.get(name, 0):g}" for name in asked) for node in offered)
+    asks = ", ".join(f"{name} {amount:g}" for name, amount in asked.items() if amount)
+    return f"no node of the cluster can give {asks}; its nodes have: {nodes}"
+
+
+def submit(steps: Sequence[Step], need: Need, store: Store) -> Any:
+    """Start the task; what comes back yields references to outcomes."""
+    options = {"num_cpus": need.num_cpus, "num_gpus": need.num_gpus, "memory": need.memory_bytes}
+    calls = [call_of(step, store) for step in steps]
+    return remote_calls.options(**options).remote(calls, store, max(1, math.floor(need.num_cpus)))
+
+
+def receive(running: dict[Any, list[Step]], outcomes: dict[str, Outcome], record: Callable[[Outcome], None]) -> None:
+    """Wait for the next outcome of any running task and record it; drop tasks that have ended."""
+    ready, _ = ray.wait(list(running), num_returns=1)
+    for stream in ready:
+        try:
+            record(ray.get(next(stream)))
+        except StopIteration:
+            del running[stream]
+        except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
+            lost = [step for step in running.pop(stream) if step.key not in outcomes]
+            reason = f"its worker was lost {LOST_WORKER_RETRIES + 1} times: {str(error).splitlines()[0]}"
+            fail(lost, reason, record)

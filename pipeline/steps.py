@@ -1,0 +1,169 @@
+"""Steps: units of work whose identity is the hash of their recipe and their inputs' identities.
+
+The same recipe always has the same path in the store, so a second run finds what the first one finished, and a
+changed field moves just what depends on it. Where a step runs is the runner's business.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from lorc_core.errors import ConfigError
+from lorc_core.variant import MANIFEST_FILE, write_manifest
+
+# Raised by one when a step's function changes what it writes for the same recipe.
+REVISIONS = {"decompose": 1, "schedule": 1, "variant": 1, "windows": 1, "evaluate": 1, "register": 1, "regress": 1}
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a step asks of the cluster."""
+
+    num_cpus: float = 1
+    num_gpus: float = 0
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work.
+
+    Attributes:
+        name: Of the function in `pipeline.tasks` that does it.
+        model: The zoo's name of the model it belongs to, for progress and outcomes.
+        recipe: Keyword arguments that decide the result, JSON values; they are the identity.
+        places: Keyword arguments that say where to find things; no part of the identity.
+        inputs: Steps whose artifacts are read, passed as directories under these names; a tuple as a list of them.
+        need: Resources of its Ray task; None runs it in the driver.
+        group: Steps of one group run in one task, after all of their inputs; evaluations share a loaded model so.
+    """
+
+    name: str
+    model: str
+    recipe: dict[str, Any]
+    places: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, "Step | tuple[Step, ...]"] = field(default_factory=dict)
+    need: Need | None = Need()
+    group: str | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        inputs = {
+            name: [step.fingerprint for step in found] if isinstance(found, tuple) else found.fingerprint
+            for name, found in self.inputs.items()
+        }
+        identity = [self.name, REVISIONS[self.name], self.recipe, inputs]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}-{self.fingerprint}"
+
+    def input_steps(self) -> Iterator["Step"]:
+        for found in self.inputs.values():
+            yield from found if isinstance(found, tuple) else (found,)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Finished artifacts under one work directory: `steps/<name>-<fingerprint>/`, each with its manifest."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        try:
+            self.steps.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.steps):
+                pass
+        except OSError as error:
+            raise ConfigError(f"work directory {self.root} is not writable: {error.strerror}") from error
+
+    @property
+    def steps(self) -> Path:
+        return self.root / "steps"
+
+    def path(self, step: Step) -> Path:
+        return self.steps / step.key
+
+    def is_done(self, step: Step) -> bool:
+        return (self.path(step) / MANIFEST_FILE).is_file()
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[Path]:
+        """A scratch directory that becomes `path`, whole and with its manifest, if the block does not raise."""
+        scratch = path.parent / f".{path.name}-{uuid4().hex}"
+        scratch.mkdir()
+        try:
+            yield scratch
+            write_manifest(scratch)
+            if path.exists():  # another worker was faster, or an earlier artifact lost its manifest
+                shutil.rmtree(path)
+            scratch.rename(path)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def kwargs_of(step: Step, store: Store) -> dict[str, Any]:
+    """All keyword arguments of the step's function."""
+    inputs = {
+        name: [store.path(one) for one in found] if isinstance(found, tuple) else store.path(found)
+        for name, found in step.inputs.items()
+    }
+    return {**step.recipe, **step.places, **inputs}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A step made ready to run anywhere: its function's name, arguments and output path."""
+
+    key: str
+    name: str
+    model: str
+    output: Path
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one step. `status` is "ran", "cached", "failed" or "skipped" (an input failed)."""
+
+    key: str
+    name: str
+    model: str
+    status: str
+    error: str | None
+    elapsed_s: float
+
+
+def call_of(step: Step, store: Store) -> Call:
+    return Call(step.key, step.name, step.model, store.path(step), kwargs_of(step, store))
+
+
+def distinct(steps: Sequence[Step]) -> list[Step]:
+    """The steps and everything they need, once each, inputs before what reads them."""
+    found: dict[str, Step] = {}
+
+    def visit(step: Step) -> None:
+        if step.key not in found:
+            for needed in step.input_steps():
+                visit(needed)
+            found[step.key] = step
+
+    for step in steps:
+        visit(step)
+    return list(found.values())
+
+
+def cached_outcomes(steps: Sequence[Step], store: Store) -> dict[str, Outcome]:
+    """Outcomes by key of the steps whose artifacts are finished."""
+    return {
+        step.key: Outcome(step.key, step.name, step.model, "cached", None, 0.0) for step in steps if store.is_done(step)
+    }

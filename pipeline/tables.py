@@ -1,0 +1,105 @@
+"""The pipeline's tables: fixed Parquet schemas, so that a whole zoo's results open in one pyarrow query."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SCHEMAS = {
+    "spectra": pa.schema(
+        [
+            ("layer", pa.int32()),
+            ("kind", pa.string()),
+            ("width", pa.int32()),
+            ("singular_values", pa.list_(pa.float64())),
+            ("log10_condition", pa.float64()),
+        ]
+    ),
+    "ranks": pa.schema(
+        [
+            ("layer", pa.int32()),
+            ("kind", pa.string()),
+            ("rank", pa.int32()),
+            ("width", pa.int32()),
+            ("note", pa.string()),
+        ]
+    ),
+    "scores": pa.schema(
+        [
+            ("text", pa.string()),
+            ("loss", pa.float64()),
+            ("loss_standard_error", pa.float64()),
+            ("perplexity", pa.float64()),
+            ("scored_tokens", pa.int64()),
+            ("bytes_per_token", pa.float64()),
+            ("factor_bytes", pa.int64()),
+            ("eval_s", pa.float64()),
+        ]
+    ),
+    "window_losses": pa.schema([("text", pa.string()), ("window", pa.int32()), ("loss", pa.float64())]),
+    "regressions": pa.schema(
+        [
+            ("name", pa.string()),
+            ("version", pa.string()),
+            ("started_at", pa.string()),
+            ("text", pa.string()),
+            ("registered_loss", pa.float64()),
+            ("loss", pa.float64()),
+            ("loss_rise_standard_error", pa.float64()),
+            ("registered_bytes_per_token", pa.float64()),
+            ("bytes_per_token", pa.float64()),
+            ("fell", pa.bool_()),
+        ]
+    ),
+    "outcomes": pa.schema(
+        [
+            ("model", pa.string()),
+            ("step", pa.string()),
+            ("status", pa.string()),
+            ("error", pa.string()),
+            ("elapsed_s", pa.float64()),
+        ]
+    ),
+}
+
+
+def rows_table(name: str, rows: Iterable[dict[str, Any]]) -> pa.Table:
+    """Rows in the schema of that name; a row that does not fit it is a bug and raises."""
+    return pa.Table.from_pylist(list(rows), schema=SCHEMAS[name])
+
+
+def write_table(directory: Path, name: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Write an artifact's rows as `name.parquet`."""
+    replace_table(directory / f"{name}.parquet", rows_table(name, rows))
+
+
+def read_rows(directory: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of an artifact's table."""
+    return pq.read_table(directory / f"{name}.parquet", schema=SCHEMAS[name]).to_pylist()
+
+
+def collect(path: Path, name: str, parts: Iterable[tuple[dict[str, str], Path]]) -> None:
+    """Join the tables of many artifacts into one file, each with the labels given for it, replacing the file at once.
+
+    Args:
+        path: The Parquet file to write.
+        name: Of the table and its schema.
+        parts: Labels (the same columns for all) and the artifact's directory.
+    """
+    tables = []
+    for labels, directory in parts:
+        table = pq.read_table(directory / f"{name}.parquet", schema=SCHEMAS[name])
+        for position, (column, value) in enumerate(labels.items()):
+            table = table.add_column(position, column, pa.array([value] * len(table), pa.string()))
+        tables.append(table)
+    if tables:
+        replace_table(path, pa.concat_tables(tables))
+
+
+def replace_table(path: Path, table: pa.Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    pq.write_table(table, partial)
+    partial.rename(path)

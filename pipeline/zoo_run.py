@@ -1,0 +1,157 @@
+"""Run a zoo: resolve its models, run their steps, choose candidates, join the tables."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lorc_core.errors import LorcError
+from pipeline.graph import ModelSteps, default_tracking_uri, model_steps
+from pipeline.models import resolve
+from pipeline.steps import Outcome, Step, Store, cached_outcomes, distinct
+from pipeline.tables import collect, replace_table, rows_table
+from pipeline.zoo import Zoo
+
+Until = Literal["compress", "evaluate", "register"]
+
+
+@dataclass(frozen=True)
+class ZooRun:
+    """What a run did, and what its store now holds."""
+
+    zoo: Zoo
+    store: Store
+    models: tuple[ModelSteps, ...]
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def failures(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.status == "failed"]
+
+
+def plan_steps(zoo: Zoo, store: Store) -> tuple[list[ModelSteps], list[Outcome]]:
+    """Every model's steps; a model that cannot be read is an outcome with its error."""
+    tracking_uri = default_tracking_uri(zoo, store.root)
+    found, failed = [], []
+    for entry in zoo.models:
+        try:
+            found.append(model_steps(zoo, resolve(entry), store, tracking_uri))
+        except LorcError as error:
+            failed.append(Outcome(f"resolve-{entry.name}", "resolve", entry.name, "failed", str(error), 0.0))
+    return found, failed
+
+
+def wanted_steps(models: Sequence[ModelSteps], until: Until) -> list[Step]:
+    """The last steps asked for, model after model; what they need follows from their inputs."""
+    if until == "compress":
+        return [variant.variant for model in models for variant in model.variants]
+    if until == "evaluate":
+        return [step for model in models for step in (model.baseline, *(one.evaluate for one in model.variants))]
+    return [variant.register for model in models for variant in model.variants]
+
+
+def run_zoo(
+    zoo: Zoo,
+    workdir: Path,
+    *,
+    until: Until = "register",
+    on_plan: Callable[[Sequence[Step]], None] = lambda steps: None,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+) -> ZooRun:
+    """Do everything a zoo file asks for that is not done yet.
+
+    Args:
+        zoo: A checked zoo file.
+        workdir: Holds the store, the tables and, unless there is a server, MLflow's files.
+        until: The last kind of step to run.
+        on_plan: Called once with all steps, done or not, before any runs.
+        on_outcome: Called for every outcome as it comes.
+
+    Raises:
+        ConfigError: The work directory is not writable.
+    """
+    store = Store(workdir.resolve())
+    models, failed = plan_steps(zoo, store)
+    steps = distinct(wanted_steps(models, until))
+    on_plan(steps)
+    done = cached_outcomes(steps, store)
+    for outcome in (*failed, *done.values()):
+        on_outcome(outcome)
+    left = [step for step in steps if step.key not in done]
+    outcomes = list(done.values())
+    if left:
+        from pipeline.runner import run_steps  # Ray takes a second to import
+
+        outcomes += run_steps(left, done, store, zoo.cluster.address, on_outcome)
+    run = ZooRun(zoo, store, tuple(models), (*failed, *outcomes))
+    if any(outcome.status == "ran" for outcome in outcomes):
+        if until == "register":
+            choose_candidates(run)
+        write_tables(run)
+    return run
+
+
+def choose_candidates(run: ZooRun) -> None:
+    """Move each model's alias `candidate` to the best of the variants that this zoo file asks for."""
+    from pipeline.registry import choose_candidate
+
+    for model in run.models:
+        registered = [one.register for one in model.variants if run.store.is_done(one.register)]
+        if registered:
+            versions = [registration(run.store, step)["version"] for step in registered]
+            choose_candidate(registered[0].recipe["tracking_uri"], model.model.entry.name, versions)
+
+
+def registration(store: Store, step: Step) -> dict[str, str]:
+    """Name, version and run id that a finished register step wrote."""
+    return json.loads((store.path(step) / "registration.json").read_text())
+
+
+def write_tables(run: ZooRun) -> None:
+    """Join what the steps wrote into `tables/<table>/<zoo>.parquet`, one row source per model and variant."""
+
+    def table(name: str) -> Path:
+        return run.store.root / "tables" / name / f"{run.zoo.name}.parquet"
+
+    done = run.store.is_done
+    for name in ("scores", "window_losses"):
+        parts = []
+        for model in run.models:
+            steps = [("baseline", model.baseline), *((one.label, one.evaluate) for one in model.variants)]
+            parts += [
+                ({"model": model.model.entry.name, "variant": label, "fingerprint": step.fingerprint}, step)
+                for label, step in steps
+            ]
+        collect(table(name), name, [(labels, run.store.path(step)) for labels, step in parts if done(step)])
+    collect(
+        table("ranks"),
+        "ranks",
+        [
+            ({"model": model.model.entry.name, "variant": one.label}, run.store.path(one.schedule))
+            for model in run.models
+            for one in model.variants
+            if done(one.schedule)
+        ],
+    )
+    collect(
+        table("spectra"),
+        "spectra",
+        [
+            ({"model": model.model.entry.name, "method": step.recipe["method"]}, run.store.path(step))
+            for model in run.models
+            for step in model.decompose
+            if done(step)
+        ],
+    )
+    rows = [
+        {
+            "model": outcome.model,
+            "step": outcome.key,
+            "status": outcome.status,
+            "error": outcome.error,
+            "elapsed_s": outcome.elapsed_s,
+        }
+        for outcome in run.outcomes
+    ]
+    replace_table(table("outcomes"), rows_table("outcomes", rows))
