@@ -19,7 +19,8 @@ def promote_variant(reference: str, alias: str, zoo_file: Path | None, workdir: 
         The exit code: 1 if it was refused, else 0.
     """
     zoo = load_zoo(zoo_file) if zoo_file is not None else None
-    version, reasons = promote(default_tracking_uri(zoo, workdir.resolve()), reference, alias, zoo and zoo.gates)
+    gates = zoo.gates if zoo is not None else None
+    version, reasons = promote(default_tracking_uri(zoo, workdir.resolve()), reference, alias, gates)
     name = f"{version.name} version {version.version} ({version.tags['variant']})"
     if reasons:
         console().print(f"[red]refused[/red] {name}:")

@@ -7,7 +7,7 @@ from itertools import groupby
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from pipeline.results import Result
@@ -28,7 +28,7 @@ class StepProgress:
         self.bars = Progress(
             TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=screen
         )
-        self.rows: dict[str, int] = {}
+        self.rows: dict[str, TaskID] = {}
 
     def plan(self, steps: Sequence[Step]) -> None:
         for step in steps:

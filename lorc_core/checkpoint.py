@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ SINGLE_FILE = "model.safetensors"
 SAMPLED_BYTES = 4096  # of every tensor, so that a fine-tune that left keys and values alone is told apart
 
 
+@runtime_checkable
 class WeightSource(Protocol):
     """Anything that hands out a model's tensors by their names below `model.base_model`."""
 

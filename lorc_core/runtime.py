@@ -33,7 +33,7 @@ PREFIX = "lorc_"
 STATE_ATTRIBUTE = "_lorc_layer"
 ATTACHMENT_ATTRIBUTE = "_lorc_attachment"
 
-Rotation = tuple[Float[Tensor, "b s d"], Float[Tensor, "b s d"]]
+Rotation = tuple[Float[Tensor, "#b s d"], Float[Tensor, "#b s d"]]
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Call:
     """What one forward call of one attention module must remember between its hook and its attention function."""
 
     rotation: Rotation | None
-    position_ids: Int[Tensor, "b q"] | None
+    position_ids: Int[Tensor, "#b q"] | None
     past: int | Tensor = 0
     first_slot: int = 0
 
@@ -179,7 +179,7 @@ def enter_attention(
     return args, kwargs
 
 
-def check_contiguous(position_ids: Int[Tensor, "b q"] | None) -> None:
+def check_contiguous(position_ids: Int[Tensor, "#b q"] | None) -> None:
     """Refuse positions with gaps, from which the positions of cached keys could not be told.
 
     Counted back from the newest token, what falls below position 0 is padding and may hold anything.

@@ -158,11 +158,11 @@ Schedule = Uniform | Progressive
 SCHEDULES: dict[str, type[Uniform] | type[Progressive]] = {"uniform": Uniform, "progressive": Progressive}
 
 
-def known_schedule(name: str) -> Schedule:
-    """The schedule of that name with its default fields; ConfigError with the known names otherwise."""
+def known_schedule(name: str, **fields: Any) -> Schedule:
+    """The schedule of that name with the given fields; ConfigError with the known names otherwise."""
     if name not in SCHEDULES:
         raise ConfigError(f"schedule {name!r} is not known; known are {', '.join(sorted(SCHEDULES))}")
-    return SCHEDULES[name]()
+    return SCHEDULES[name](**fields)
 
 
 def cumulative_log10_condition(spectra: Sequence[LayerSpectrum]) -> list[float]:

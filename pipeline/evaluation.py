@@ -4,6 +4,7 @@ Windows are scored through the cache: the first half is prefilled, the second ha
 loses is seen where serving would see it.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,8 @@ def device_plan(
     Returns:
         The device of each module, and the bytes of weights on each device.
     """
+    # Planning for GPUs that are not here is the point; accelerate would warn of each.
+    logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()

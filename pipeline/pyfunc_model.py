@@ -30,7 +30,8 @@ class CompressedModel(PythonModel):
             inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
             inputs.pop("token_type_ids", None)
             output = self.model.generate(**inputs, **(params or {"max_new_tokens": 64}))
-            texts.append(self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+            new_tokens = output[0, inputs["input_ids"].shape[1] :]
+            texts.append(str(self.tokenizer.decode(new_tokens, skip_special_tokens=True)))
         return texts
 
 

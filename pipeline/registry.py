@@ -188,13 +188,13 @@ def log_files(
             model_config={"trust_remote_code": trust_remote_code},
             pip_requirements=["lorc"],
         )
-        client.log_artifacts(run_id, scratch / "model", "model")
+        client.log_artifacts(run_id, str(scratch / "model"), "model")
         (scratch / "evaluation").mkdir()
         shutil.copy(evaluation / "window_losses.parquet", scratch / "evaluation")
         shutil.copy(evaluation / "scores.parquet", scratch / "evaluation")
         for text, directory in windows.items():
             shutil.copy(directory / "windows.npy", scratch / "evaluation" / f"{text}.npy")
-        client.log_artifacts(run_id, scratch / "evaluation", "evaluation")
+        client.log_artifacts(run_id, str(scratch / "evaluation"), "evaluation")
 
 
 def choose_candidate(tracking_uri: str, model_name: str, versions: Sequence[str]) -> str:
@@ -228,7 +228,7 @@ def read_version(client: MlflowClient, version: ModelVersion) -> Registered:
         ArtifactError: It was not registered by lorc.
     """
     run = client.get_run(version.run_id) if version.run_id else None
-    if run is None or DETAILS_TAG not in run.data.tags:
+    if version.run_id is None or run is None or DETAILS_TAG not in run.data.tags:
         raise ArtifactError(f"{version.name} version {version.version} was not registered by lorc")
     return Registered(
         version=version,

@@ -74,9 +74,9 @@ def regress(
     outcomes = {one.model: one for one in run_steps(list(steps.values()), {}, store, address, on_outcome)}
     verdicts = []
     for version in found:
-        error = errors.get(version.name) or outcomes[version.name].error
-        rows = () if error else tuple(read_rows(store.path(steps[version.name]), "regressions"))
-        verdicts.append(Verdict(version, rows, error))
+        reason = errors.get(version.name) or outcomes[version.name].error
+        rows = () if reason else tuple(read_rows(store.path(steps[version.name]), "regressions"))
+        verdicts.append(Verdict(version, rows, reason))
         client.set_model_version_tag(
             version.name, version.version, VERDICT_TAG, f"{verdicts[-1].summary} at {started_at}"
         )

@@ -4,6 +4,7 @@ Everything that finished is skipped, so an interrupted run goes on where it stop
 an outcome and its dependents are skipped; the other models go on.
 """
 
+import logging
 import math
 import os
 import secrets
@@ -42,7 +43,7 @@ def cluster(address: str | None) -> Iterator[None]:
         # Ray asks for a token by itself and would write one to ~/.ray that later clusters trip over. Setting
         # RAY_AUTH_MODE here is too late: Ray has read it by now.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:
@@ -99,12 +100,14 @@ def drive(
     batches: Sequence[Batch], outcomes: dict[str, Outcome], record: Callable[[Outcome], None], store: Store
 ) -> None:
     """Submit each batch when its inputs have outcomes, and record outcomes as they come, until none is left."""
-    waiting, running = list(batches), {}
+    waiting = list(batches)
+    running: dict[Any, list[Step]] = {}
     while waiting or running:
         ready = [batch for batch in waiting if is_ready(batch, outcomes)]
         waiting = [batch for batch in waiting if not is_ready(batch, outcomes)]
         for batch in ready:
             start(batch, running, outcomes, record, store)
+        assert ready or running, "a step needs one that is neither done nor to be run"
         if running and not ready:
             receive(running, outcomes, record)
 
@@ -173,9 +176,11 @@ def submit(steps: Sequence[Step], need: Need, store: Store) -> Any:
 def receive(running: dict[Any, list[Step]], outcomes: dict[str, Outcome], record: Callable[[Outcome], None]) -> None:
     """Wait for the next outcome of any running task and record it; drop tasks that have ended."""
     ready, _ = ray.wait(list(running), num_returns=1)
+    stream: Any
     for stream in ready:
         try:
-            record(ray.get(next(stream)))
+            outcome: Any = ray.get(next(stream))
+            record(outcome)
         except StopIteration:
             del running[stream]
         except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:

@@ -24,7 +24,7 @@ from lorc_core.errors import ConfigError, LorcError
 from lorc_core.memory import factor_floats
 from lorc_core.projection import Decomposition
 from lorc_core.runtime import attach, check_base
-from lorc_core.schedule import SCHEDULES, LayerSpectrum, RankSchedule
+from lorc_core.schedule import LayerSpectrum, RankSchedule, known_schedule
 from lorc_core.variant import BaseModel, Variant, load_variant
 from pipeline.evaluation import DTYPES, loaded_model, window_losses
 from pipeline.gates import fell, losses_of, paired_rise, standard_error
@@ -87,7 +87,8 @@ def schedule(output: Path, *, schedule: dict[str, Any], kept_fraction: float, la
     for directory in layers:
         keys, values = read_rows(directory, "spectra")
         spectra.append(LayerSpectrum(keys["width"], keys["log10_condition"], values["log10_condition"]))
-    ranks = schedule_from(schedule).ranks(spectra, kept_fraction)
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in schedule.items()}
+    ranks = known_schedule(**fields).ranks(spectra, kept_fraction)
     (output / SCHEDULE_FILE).write_text(json.dumps(asdict(ranks)))
     write_table(
         output,
@@ -98,12 +99,6 @@ def schedule(output: Path, *, schedule: dict[str, Any], kept_fraction: float, la
             for kind in KINDS
         ],
     )
-
-
-def schedule_from(settings: dict[str, Any]) -> Any:
-    """The schedule whose `asdict` this is."""
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    return SCHEDULES[fields.pop("name")](**fields)
 
 
 def variant(

@@ -1,0 +1,22 @@
+"""lorc_core stands alone: without Ray, MLflow and the pipeline."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import sys
+for name in ("ray", "mlflow", "accelerate", "datasets", "pyarrow", "pipeline", "jobs"):
+    sys.modules[name] = None  # importing it raises
+import lorc_core
+for name in lorc_core.__all__:
+    getattr(lorc_core, name)
+variant = lorc_core.compress(sys.argv[1])
+model = lorc_core.attach  # resolved
+print(variant)
+"""
+
+
+def test_lorc_core_compresses_where_the_pipelines_packages_are_absent(save_tiny):
+    done = subprocess.run([sys.executable, "-c", SCRIPT, save_tiny("llama")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "kept_fraction=0.5" in done.stdout

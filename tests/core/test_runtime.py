@@ -1,0 +1,296 @@
+"""The runtime against models whose W_k and W_v are replaced by their truncations, and against itself uncached.
+
+Worst logit differences measured over all models and ranks below: 3.4e-5 in float32; the bound is 1e-4.
+"""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+import lorc_core
+from lorc_core.architecture import KINDS, architecture_of
+from lorc_core.errors import ConfigError
+from lorc_core.runtime import LatentCache, key_rotation
+from lorc_core.schedule import LayerRanks, RankSchedule, Uniform
+from tests.conftest import DEMO, tiny_model
+
+BOUND = 1e-4
+
+
+def tokens(model, rows=2, columns=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, model.config.vocab_size, (rows, columns), generator=generator)
+
+
+def truncated(model, variant):
+    """The independent reference: numpy-style truncated SVD of each weight, biases untouched."""
+    assert "_lorc_attachment" not in model.__dict__, "the reference must be independent of the runtime"
+    reference = copy.deepcopy(model)
+    architecture = architecture_of(model.config)
+    for layer_idx, ranks in enumerate(variant.ranks.layers):
+        module = reference.base_model.get_submodule(architecture.attention_module(layer_idx))
+        for projection, rank in ((module.k_proj, ranks.keys), (module.v_proj, ranks.values)):
+            left, spectrum, right = torch.linalg.svd(projection.weight.data.double(), full_matrices=False)
+            projection.weight.data = ((left[:, :rank] * spectrum[:rank]) @ right[:rank]).float()
+    return reference
+
+
+@torch.inference_mode()
+def one_pass(model, ids, **kwargs):
+    return model(input_ids=ids, **kwargs).logits
+
+
+@torch.inference_mode()
+def token_by_token(model, ids, prefill, cache=None, attention_mask=None):
+    """Logits of every token: a prefill, then one token at a time through the cache."""
+    cache = cache if cache is not None else DynamicCache(config=model.config)
+
+    def step(start, stop):
+        mask = None if attention_mask is None else attention_mask[:, :stop]
+        positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, start:stop]
+        return model(
+            input_ids=ids[:, start:stop], past_key_values=cache, attention_mask=mask, position_ids=positions
+        ).logits
+
+    steps = [step(0, prefill), *(step(i, i + 1) for i in range(prefill, ids.shape[1]))]
+    return torch.cat(steps, dim=1)
+
+
+def assert_close(found, expected, bound=BOUND):
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("kept", [0.9, 0.5, 0.2])
+def test_variant_equals_truncated_weights(any_tiny_model, kept):
+    model = any_tiny_model
+    variant = lorc_core.compress(model, kept_fraction=kept, schedule="uniform")
+    ids = tokens(model)
+    with lorc_core.attach(model, variant):
+        found = one_pass(model, ids)
+        uncached = one_pass(model, ids, use_cache=False)
+    expected = one_pass(truncated(model, variant), ids)
+    assert_close(found, expected)
+    assert_close(uncached, expected)
+    # the control: these models feel what is lost, far above the bound
+    assert (one_pass(model, ids) - expected).abs().max() > 100 * BOUND
+
+
+def test_every_rank_of_one_model_equals_truncated_weights():
+    model = tiny_model("llama")
+    ids, width = tokens(model, columns=12), 32
+    for rank in range(1, width + 1):
+        variant = lorc_core.compress(model, kept_fraction=rank / width, schedule="uniform")
+        assert {layer.keys for layer in variant.ranks.layers} == {rank}
+        expected = one_pass(truncated(model, variant), ids)
+        with lorc_core.attach(model, variant):
+            assert_close(one_pass(model, ids), expected)
+
+
+@pytest.mark.parametrize("schedule", ["uniform", "progressive"])
+@pytest.mark.parametrize("kept", [1.0, 0.75, 0.5, 0.25])
+def test_demo_models_equal_truncated_weights_and_cached_equals_uncached(demo_dir, schedule, kept):
+    check_exactness(demo_dir, schedule, kept)
+
+
+@pytest.mark.real_models
+@pytest.mark.parametrize("kept", [0.75, 0.4])
+def test_sample_models_equal_truncated_weights_and_cached_equals_uncached(sample_dir, kept):
+    check_exactness(sample_dir, "progressive", kept)
+
+
+def check_exactness(directory, schedule, kept):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    baseline = one_pass(model, tokens(model))
+    variant = lorc_core.compress(directory, kept_fraction=kept, schedule=schedule)
+    expected = one_pass(truncated(model, variant), tokens(model))
+    with lorc_core.attach(model, variant):
+        assert_close(one_pass(model, tokens(model)), expected)
+        assert_close(token_by_token(model, tokens(model), prefill=5), expected)
+    if kept == 1.0:
+        assert_close(expected, baseline)
+    assert torch.equal(one_pass(model, tokens(model)), baseline)
+
+
+@pytest.mark.parametrize("prefill", [1, 7])
+def test_cached_decode_equals_one_pass(any_tiny_model, prefill):
+    model = any_tiny_model
+    ids = tokens(model)
+    with lorc_core.attach(model, lorc_core.compress(model, schedule="uniform")):
+        expected = one_pass(model, ids, use_cache=False)
+        assert_close(token_by_token(model, ids, prefill), expected)
+
+
+def test_left_padding_equals_no_padding(any_tiny_model):
+    model, num_padding = any_tiny_model, 5
+    ids = tokens(model, rows=1, columns=18)
+    padded = torch.cat([ids.new_zeros(1, num_padding), ids], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= num_padding).long()[None]
+    with lorc_core.attach(model, lorc_core.compress(model, schedule="uniform")):
+        expected = one_pass(model, ids)
+        assert_close(token_by_token(model, padded, 9, attention_mask=mask)[:, num_padding:], expected)
+
+
+def test_static_cache_equals_dynamic(any_tiny_model):
+    model = any_tiny_model
+    ids = tokens(model)
+    with lorc_core.attach(model, lorc_core.compress(model, schedule="uniform")):
+        expected = one_pass(model, ids)
+        assert_close(token_by_token(model, ids, 7, StaticCache(config=model.config, max_cache_len=40)), expected)
+
+
+def test_two_chunks_equal_one_pass(any_tiny_model):
+    model = any_tiny_model
+    ids = tokens(model)
+    with lorc_core.attach(model, lorc_core.compress(model, schedule="uniform")), torch.inference_mode():
+        cache = DynamicCache(config=model.config)
+        first = model(input_ids=ids[:, :13], past_key_values=cache).logits
+        second = model(input_ids=ids[:, 13:], past_key_values=cache).logits
+        assert_close(torch.cat([first, second], dim=1), one_pass(model, ids))
+
+
+def test_beam_search_equals_the_truncated_model():
+    model = tiny_model("llama")
+    variant = lorc_core.compress(model, kept_fraction=0.75, schedule="uniform")
+    ids, mask = tokens(model, columns=9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    options = {"attention_mask": mask, "num_beams": 3, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = truncated(model, variant).generate(ids, **options)
+    with lorc_core.attach(model, variant):
+        assert torch.equal(model.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_both_attention_implementations_agree(implementation):
+    model = tiny_model("qwen2")
+    model.set_attn_implementation(implementation)
+    variant = lorc_core.compress(model, schedule="uniform")
+    expected = one_pass(truncated(model, variant), tokens(model))
+    with lorc_core.attach(model, variant):
+        assert_close(one_pass(model, tokens(model)), expected)
+    assert model.config._attn_implementation == implementation
+
+
+def test_a_wrong_key_position_is_seen(monkeypatch):
+    """The control: keys rotated by their slots as if nothing had been cached before fail the bound."""
+
+    def wrong(state, call, keys, q_len):
+        call.past = 0
+        return key_rotation(state, call, keys, q_len)
+
+    monkeypatch.setattr("lorc_core.runtime.key_rotation", wrong)
+    model = tiny_model("llama")
+    with lorc_core.attach(model, lorc_core.compress(model, schedule="uniform")):
+        difference = token_by_token(model, tokens(model), 7) - one_pass(model, tokens(model), use_cache=False)
+    assert difference.abs().max() > 100 * BOUND
+
+
+def test_a_dropped_bias_is_seen():
+    """The control: a variant without its offsets fails the bound."""
+    model = tiny_model("qwen2")
+    variant = lorc_core.compress(model, schedule="uniform")
+    expected = one_pass(truncated(model, variant), tokens(model))
+    for layer in variant.factors:
+        for kind in KINDS:
+            object.__setattr__(layer[kind], "offset", None)
+    with lorc_core.attach(model, variant):
+        difference = one_pass(model, tokens(model)) - expected
+    assert difference.abs().max() > 100 * BOUND
+
+
+def test_cache_holds_latents_alone(any_tiny_model):
+    """Bytes = batch x tokens x element size x the sum over layers of the latent floats."""
+    model = any_tiny_model
+    variant = lorc_core.compress(model, kept_fraction=0.6, schedule="uniform")
+    rows, columns = 2, 9
+    with lorc_core.attach(model, variant), torch.inference_mode():
+        cache = model(input_ids=tokens(model, rows, columns)).past_key_values
+    assert lorc_core.cache_bytes(cache) == rows * columns * 4 * variant.ranks.floats_per_token
+    assert [(layer.keys.shape[-1], layer.values.shape[-1]) for layer in cache.layers] == [
+        (layer.keys, layer.values) for layer in variant.ranks.layers
+    ]
+
+
+def test_keys_and_values_and_layers_may_differ():
+    """Full keys with cut values, cut keys with full values, and an untouched layer, in one model."""
+    model = tiny_model("llama")
+    full = lorc_core.compress(model, kept_fraction=0.5, schedule="uniform")
+    ranks = RankSchedule((LayerRanks(32, 10), LayerRanks(7, 32), LayerRanks(32, 32)), kv_width=32)
+    kept = tuple(
+        {kind: lorc_factors if getattr(layer, kind) < 32 else None for kind, lorc_factors in found.items()}
+        for layer, found in zip(
+            ranks.layers,
+            [
+                {"keys": None, "values": rank_of(model, 0, "values", 10)},
+                {"keys": rank_of(model, 1, "keys", 7), "values": None},
+                {"keys": None, "values": None},
+            ],
+            strict=True,
+        )
+    )
+    variant = lorc_core.Variant(full.base, full.architecture, "lorc", full.schedule, ranks, kept)
+    with lorc_core.attach(model, variant):
+        found = token_by_token(model, tokens(model), 7)
+    assert_close(found, one_pass(truncated(model, variant), tokens(model)))
+
+
+def rank_of(model, layer_idx, kind, rank):
+    return lorc_core.compress(model, kept_fraction=rank / 32, schedule=Uniform()).factors[layer_idx][kind]
+
+
+def test_detach_is_bitwise_and_attach_can_swap():
+    model = tiny_model("llama")
+    ids = tokens(model)
+    baseline, hooks = one_pass(model, ids), [len(module._forward_pre_hooks) for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    attachment = lorc_core.attach(model, lorc_core.compress(model, kept_fraction=0.5))
+    assert not torch.equal(one_pass(model, ids), baseline)
+    attachment.detach()
+    attachment.detach()
+    with lorc_core.attach(model, lorc_core.compress(model, kept_fraction=0.9)):
+        pass
+    assert torch.equal(one_pass(model, ids), baseline)
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(hasattr(module, "_lorc_layer") for module in model.modules())
+
+
+def test_attach_detaches_when_the_block_raises():
+    model = tiny_model("opt")
+    baseline = one_pass(model, tokens(model))
+    with pytest.raises(RuntimeError, match="inside"), lorc_core.attach(model, lorc_core.compress(model)):
+        raise RuntimeError("inside")
+    assert torch.equal(one_pass(model, tokens(model)), baseline)
+
+
+def test_attach_refuses_a_second_variant_and_another_architecture():
+    model = tiny_model("llama")
+    variant = lorc_core.compress(model)
+    with lorc_core.attach(model, variant), pytest.raises(ConfigError, match="attached to this model already"):
+        lorc_core.attach(model, variant)
+    other = tiny_model("opt")
+    with pytest.raises(ConfigError, match="the variant is for Architecture"):
+        lorc_core.attach(other, variant)
+
+
+def test_positions_with_gaps_are_refused():
+    model = tiny_model("llama")
+    ids = tokens(model, columns=4)
+    with lorc_core.attach(model, lorc_core.compress(model)):
+        with pytest.raises(ConfigError, match="position_ids have gaps"):
+            one_pass(model, ids, position_ids=torch.tensor([[0, 2, 4, 6]]).expand(2, -1))
+        one_pass(model, ids, position_ids=torch.tensor([[3, 4, 5, 6]]).expand(2, -1))
+    with lorc_core.attach(tiny_opt := tiny_model("opt"), lorc_core.compress(tiny_opt)):
+        one_pass(tiny_opt, ids, position_ids=torch.tensor([[0, 2, 4, 6]]).expand(2, -1))
+
+
+def test_bfloat16_model_takes_float32_factors():
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "stdlib-llama", dtype=torch.bfloat16).eval()
+    variant = lorc_core.compress(DEMO / "stdlib-llama", kept_fraction=0.75, schedule="uniform")
+    ids = tokens(model)
+    with lorc_core.attach(model, variant), torch.inference_mode():
+        output = model(input_ids=ids)
+    assert lorc_core.cache_bytes(output.past_key_values) == ids.numel() * 2 * variant.ranks.floats_per_token
+    assert isinstance(output.past_key_values, DynamicCache)
+    assert not isinstance(output.past_key_values, LatentCache)

@@ -1,0 +1,128 @@
+"""A variant on disk: bitwise round trip, a new process, and every way in which its files can be wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lorc_core
+from lorc_core.errors import ArtifactError, ConfigError
+from lorc_core.variant import check_manifest, write_manifest
+from tests.conftest import DEMO, tiny_model
+from tests.core.test_runtime import one_pass, tokens
+
+LLAMA = DEMO / "stdlib-llama"
+
+
+@pytest.fixture(scope="module")
+def variant():
+    return lorc_core.compress(LLAMA, kept_fraction=0.5)
+
+
+@pytest.fixture
+def saved(variant, tmp_path):
+    variant.save(tmp_path / "variant")
+    return tmp_path / "variant"
+
+
+def test_save_and_load_are_bitwise(variant, saved):
+    loaded = lorc_core.load_variant(saved)
+    assert (loaded.base, loaded.architecture, loaded.ranks) == (variant.base, variant.architecture, variant.ranks)
+    for before, after in zip(variant.factors, loaded.factors, strict=True):
+        for kind, factors in before.items():
+            if factors is None:
+                assert after[kind] is None
+            else:
+                assert torch.equal(factors.up, after[kind].up)
+                assert torch.equal(factors.down, after[kind].down)
+
+
+def test_offsets_survive_the_disk(tmp_path):
+    variant = lorc_core.compress(DEMO / "stdlib-opt", schedule="uniform")
+    variant.save(tmp_path)
+    assert torch.equal(lorc_core.load_variant(tmp_path).factors[0]["keys"].offset, variant.factors[0]["keys"].offset)
+
+
+def test_a_new_process_gives_the_same_logits_bitwise(variant, saved, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32).eval()
+    ids = tokens(model)
+    with lorc_core.attach(model, variant):
+        expected = one_pass(model, ids)
+    torch.save(ids, tmp_path / "ids.pt")
+    script = """
+import sys, torch, lorc_core
+torch.set_num_threads(2)
+model = lorc_core.load(sys.argv[1], dtype=torch.float32)
+with torch.inference_mode():
+    torch.save(model(input_ids=torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+    arguments = [str(saved), str(tmp_path / "ids.pt"), str(tmp_path / "logits.pt")]
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+
+
+def test_an_altered_file_is_refused_by_name(saved):
+    factors = saved / "factors.safetensors"
+    content = bytearray(factors.read_bytes())
+    content[-1] ^= 1
+    factors.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"factors\.safetensors: altered after it was written"):
+        lorc_core.load_variant(saved)
+
+
+def test_a_regenerated_manifest_is_accepted(saved):
+    (saved / "README.md").write_text("edited by its owner")
+    write_manifest(saved)
+    check_manifest(saved)
+
+
+def test_an_unfinished_variant_is_refused(saved):
+    (saved / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match=r"no manifest\.json"):
+        lorc_core.load_variant(saved)
+
+
+def test_an_absent_file_is_refused(saved):
+    (saved / "factors.safetensors").unlink()
+    with pytest.raises(ArtifactError, match="listed in manifest"):
+        lorc_core.load_variant(saved)
+
+
+def test_another_schema_is_refused(saved):
+    config = json.loads((saved / "lorc_config.json").read_text())
+    (saved / "lorc_config.json").write_text(json.dumps(config | {"schema_version": 99}))
+    write_manifest(saved)
+    with pytest.raises(ArtifactError, match="variant schema 99, this lorc reads 1"):
+        lorc_core.load_variant(saved)
+
+
+def test_another_base_model_is_refused(save_tiny, tmp_path):
+    base, other = save_tiny("llama", seed=0), save_tiny("llama", seed=1)
+    lorc_core.compress(base).save(tmp_path / "variant")
+    lorc_core.load(tmp_path / "variant", base=base)
+    with pytest.raises(ArtifactError, match="not the base model this variant was made for"):
+        lorc_core.load(tmp_path / "variant", base=other)
+
+
+def test_a_variant_of_a_model_in_memory_asks_for_its_base(save_tiny, tmp_path):
+    lorc_core.compress(tiny_model("llama")).save(tmp_path / "variant")
+    with pytest.raises(ConfigError, match="made from a model in memory, so name its base"):
+        lorc_core.load(tmp_path / "variant")
+    lorc_core.load(tmp_path / "variant", base=save_tiny("llama"))
+
+
+def test_model_and_directory_compress_alike(save_tiny):
+    directory = save_tiny("qwen2")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    from_memory, from_disk = lorc_core.compress(model), lorc_core.compress(directory)
+    for one, other in zip(from_memory.factors, from_disk.factors, strict=True):
+        assert all(torch.equal(one[kind].up, other[kind].up) for kind in one if one[kind] is not None)
+
+
+def test_model_card_says_what_is_kept(saved):
+    card = (saved / "README.md").read_text()
+    assert "Keeps 0.5000 of the cached floats: 640 of 1,280 per token" in card
+    assert "lorc_core.load" in card
