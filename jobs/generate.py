@@ -35,7 +35,8 @@ def variant_directory(reference: str, workdir: Path) -> Path:
         return Path(reference)
     if Path(reference).is_dir():
         raise ConfigError(f"{reference}: a directory without {CONFIG_FILE} is no variant")
-    from pipeline.registry import CHAMPION, connect, find_version, read_version
+    from pipeline.registry import CHAMPION, connect, fetch_files, find_version, read_version
 
     client = connect(default_tracking_uri(None, workdir.resolve()))
-    return read_version(client, find_version(client, reference, CHAMPION)).variant_dir
+    registered = read_version(client, find_version(client, reference, CHAMPION))
+    return fetch_files(client, registered, workdir.resolve())[0]

@@ -24,7 +24,11 @@ def regress_champions(names: list[str], address: str | None, workdir: Path) -> i
     with progress.bars:
         uri = default_tracking_uri(None, workdir.resolve())
         verdicts = regress(uri, names, address, workdir, progress.plan, progress.record)
-    screen.print(verdict_table(verdicts))
+    if any(verdict.rows for verdict in verdicts):
+        screen.print(verdict_table(verdicts))
+    for verdict in verdicts:
+        if verdict.error is not None:
+            screen.print(f"[red]{verdict.version.name}/{verdict.version.version}[/red]: {escape(verdict.error)}")
     return 0 if all(verdict.passed for verdict in verdicts) else 1
 
 
@@ -37,8 +41,6 @@ def verdict_table(verdicts: list[Verdict]) -> Table:
     table.add_column("verdict")
     for verdict in verdicts:
         name = f"{verdict.version.name}/{verdict.version.version}"
-        if verdict.error is not None:
-            table.add_row(name, "", "", "", "", "", f"[red]{escape(verdict.summary)}[/red]")
         for row in verdict.rows:
             rise = row["loss"] - row["registered_loss"]
             table.add_row(

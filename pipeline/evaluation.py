@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, P
 from transformers.utils import logging as transformers_logging
 
 from lorc_core.checkpoint import read_config
-from lorc_core.errors import NumericsError
+from lorc_core.errors import ArtifactError, NumericsError
 from lorc_core.memory import cache_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,13 +56,20 @@ def device_plan(
 
 @contextmanager
 def loaded_model(model_dir: Path, dtype: str, *, trust_remote_code: bool = False) -> Iterator[PreTrainedModel]:
-    """A model in evaluation mode, spread by accelerate over the devices this process may use."""
+    """A model in evaluation mode, spread by accelerate over the devices this process may use.
+
+    Raises:
+        ArtifactError: transformers cannot load it, or it does not fit the devices.
+    """
     transformers_logging.disable_progress_bar()
     config = read_config(model_dir, trust_remote_code=trust_remote_code)
     devices, _ = device_plan(config, DTYPES[dtype], get_max_memory())
-    model = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=DTYPES[dtype], device_map=devices, trust_remote_code=trust_remote_code
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=DTYPES[dtype], device_map=devices, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, RuntimeError) as error:  # all that transformers raises for files it cannot use
+        raise ArtifactError(f"{model_dir}: cannot be loaded: {str(error).splitlines()[0]}") from error
     try:
         yield model.eval()
     finally:

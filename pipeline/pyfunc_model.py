@@ -1,7 +1,5 @@
 """A registered variant as MLflow serves it: text in, text out. Logged as code, so nothing is pickled."""
 
-from typing import Any
-
 import mlflow
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
@@ -15,15 +13,12 @@ class CompressedModel(PythonModel):
         import lorc_core
 
         directory = context.artifacts["variant"]
+        trusted = context.model_config["trust_remote_code"]
+        self.model = lorc_core.load(directory, dtype="auto", trust_remote_code=trusted)
         source = lorc_core.load_variant(directory).base.source
-        self.model = lorc_core.load(
-            directory, dtype="auto", trust_remote_code=context.model_config["trust_remote_code"]
-        )
-        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
 
-    def predict(
-        self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
-    ) -> list[str]:
+    def predict(self, context: PythonModelContext, model_input: list[str], params: dict | None = None) -> list[str]:
         """One continuation per prompt; `params` go to `generate`."""
         texts = []
         for prompt in model_input:

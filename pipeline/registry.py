@@ -22,6 +22,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.runs_artifact_repo import RunsArtifactRepository
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from lorc_core.errors import ArtifactError, ConfigError
@@ -37,30 +38,28 @@ BASELINE_TAG = "lorc.baseline"
 DETAILS_TAG = "lorc.details"
 REFUSED_TAG = "lorc.refused"
 CANDIDATE, CHAMPION = "candidate", "champion"
+VARIANT_PATH, EVALUATION_PATH = "model/artifacts/variant", "evaluation"  # in a run's artifact directory
 
 
 @dataclass(frozen=True)
 class Registered:
     """A registered version with what was recorded beside it.
 
-    Attributes:
-        variant_dir: The variant's files, local.
-        evaluation_dir: `<text>.npy` windows and `window_losses.parquet`, local.
-        details: Gates, texts, evaluation settings, as the zoo file had them.
+    `details` are the gates, texts, evaluation settings and resources, as the zoo file had them.
     """
 
     version: ModelVersion
+    run_id: str
     metrics: dict[str, float]
-    variant_dir: Path
-    evaluation_dir: Path
     details: dict[str, Any]
 
 
 def connect(tracking_uri: str) -> MlflowClient:
-    """A client of the tracking store, which is created first if it is a sqlite file that is not there."""
-    mlflow.set_tracking_uri(tracking_uri)
-    mlflow.set_registry_uri(tracking_uri)
-    return MlflowClient(tracking_uri)
+    """A client of one store, for runs and registered models alike.
+
+    MLflow's fluent functions are not used: they keep the store in a global variable and in the environment.
+    """
+    return MlflowClient(tracking_uri, registry_uri=tracking_uri)
 
 
 def register_variant(
@@ -107,8 +106,7 @@ def register_variant(
         client.log_metric(run_id, name, value)
     log_files(client, run_id, variant, evaluation, dict(zip(text_names, windows, strict=True)), trust_remote_code)
     client.set_terminated(run_id)
-    tags = {"variant": label} | {name: f"{value:.6g}" for name, value in metrics.items()}
-    version = mlflow.register_model(f"runs:/{run_id}/model", model_name, tags=tags)
+    version = create_version(client, model_name, run_id, label, metrics)
     return {"name": model_name, "version": version.version, "run_id": run_id}
 
 
@@ -194,7 +192,21 @@ def log_files(
         shutil.copy(evaluation / "scores.parquet", scratch / "evaluation")
         for text, directory in windows.items():
             shutil.copy(directory / "windows.npy", scratch / "evaluation" / f"{text}.npy")
-        client.log_artifacts(run_id, str(scratch / "evaluation"), "evaluation")
+        client.log_artifacts(run_id, str(scratch / "evaluation"), EVALUATION_PATH)
+
+
+def create_version(
+    client: MlflowClient, model_name: str, run_id: str, label: str, metrics: dict[str, float]
+) -> ModelVersion:
+    """Register the run's model by reference; its memory and accuracy stand as tags on the version."""
+    try:
+        client.create_registered_model(model_name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = RunsArtifactRepository.get_underlying_uri(f"runs:/{run_id}/model", client.tracking_uri)
+    tags = {"variant": label} | {name: f"{value:.6g}" for name, value in metrics.items()}
+    return client.create_model_version(model_name, source, run_id, tags=tags)
 
 
 def choose_candidate(tracking_uri: str, model_name: str, versions: Sequence[str]) -> str:
@@ -232,11 +244,27 @@ def read_version(client: MlflowClient, version: ModelVersion) -> Registered:
         raise ArtifactError(f"{version.name} version {version.version} was not registered by lorc")
     return Registered(
         version=version,
+        run_id=version.run_id,
         metrics=dict(run.data.metrics),
-        variant_dir=Path(client.download_artifacts(version.run_id, "model/artifacts/variant")),
-        evaluation_dir=Path(client.download_artifacts(version.run_id, "evaluation")),
         details=json.loads(run.data.tags[DETAILS_TAG]),
     )
+
+
+def fetch_files(client: MlflowClient, registered: Registered, workdir: Path) -> tuple[Path, Path]:
+    """Copy a version's files from the registry, anew each time, since they may have changed there.
+
+    Returns:
+        The variant's directory, and that of `<text>.npy`, `scores.parquet` and `window_losses.parquet`.
+    """
+    version = registered.version
+    destination = workdir / "registry" / f"{version.name}-{version.version}"
+    shutil.rmtree(destination, ignore_errors=True)
+    destination.mkdir(parents=True)
+    variant, evaluation = (
+        Path(client.download_artifacts(registered.run_id, path, str(destination)))
+        for path in (VARIANT_PATH, EVALUATION_PATH)
+    )
+    return variant, evaluation
 
 
 def find_version(client: MlflowClient, reference: str, default_alias: str) -> ModelVersion:

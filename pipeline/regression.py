@@ -12,7 +12,7 @@ from mlflow.entities.model_registry import ModelVersion
 from lorc_core.errors import LorcError
 from lorc_core.variant import load_variant
 from pipeline.models import model_directory
-from pipeline.registry import champions, connect, read_version
+from pipeline.registry import champions, connect, fetch_files, read_version
 from pipeline.runner import run_steps
 from pipeline.steps import Need, Outcome, Step, Store
 from pipeline.tables import collect, read_rows
@@ -67,7 +67,7 @@ def regress(
     found = champions(client, names)
     for version in found:
         try:
-            steps[version.name] = regress_step(client, version, started_at)
+            steps[version.name] = regress_step(client, version, started_at, store.root)
         except LorcError as error:
             errors[version.name] = str(error)
     on_plan(list(steps.values()))
@@ -86,14 +86,15 @@ def regress(
     return verdicts
 
 
-def regress_step(client: MlflowClient, version: ModelVersion, started_at: str) -> Step:
+def regress_step(client: MlflowClient, version: ModelVersion, started_at: str, workdir: Path) -> Step:
     """The step that scores one champion again; its recipe holds the time, so it is never taken from the store.
 
     Raises:
         ArtifactError: The registered variant was altered, or its base is gone.
     """
     registered = read_version(client, version)
-    base = load_variant(registered.variant_dir).base
+    variant_dir, evaluation_dir = fetch_files(client, registered, workdir)
+    base = load_variant(variant_dir).base
     details = registered.details
     resources = Resources.model_validate(details["resources"])
     return Step(
@@ -111,8 +112,8 @@ def regress_step(client: MlflowClient, version: ModelVersion, started_at: str) -
         places={
             "model_dir": str(model_directory(base.source, base.revision)),
             "trust_remote_code": details["trust_remote_code"],
-            "variant_dir": str(registered.variant_dir),
-            "evaluation_dir": str(registered.evaluation_dir),
+            "variant_dir": str(variant_dir),
+            "evaluation_dir": str(evaluation_dir),
         },
         need=Need(resources.num_cpus, resources.num_gpus, resources.memory_bytes),
     )

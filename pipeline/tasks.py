@@ -88,7 +88,7 @@ def schedule(output: Path, *, schedule: dict[str, Any], kept_fraction: float, la
         keys, values = read_rows(directory, "spectra")
         spectra.append(LayerSpectrum(keys["width"], keys["log10_condition"], values["log10_condition"]))
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in schedule.items()}
-    ranks = known_schedule(**fields).ranks(spectra, kept_fraction)
+    ranks = known_schedule(str(fields.pop("name")), **fields).ranks(spectra, kept_fraction)
     (output / SCHEDULE_FILE).write_text(json.dumps(asdict(ranks)))
     write_table(
         output,

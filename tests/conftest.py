@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 from pathlib import Path
 
 # Read by Ray when it is first imported; the test cluster and its drivers must agree.
@@ -23,7 +24,7 @@ SAMPLES = ("stories260K", "babyllama-tok361", "TinyStories-656K-np", "stdlib-lla
 
 # At transformers' default initializer_range of 0.02 a model does not feel its cache: removing half of the key
 # space changes its logits by 0.3 %. At 0.1 it changes them by 23 %.
-TINY = {"initializer_range": 0.1, "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3}
+TINY = {"initializer_range": 0.1, "vocab_size": 1024, "hidden_size": 64, "num_hidden_layers": 3}
 TINY_CONFIGS = {
     "llama": LlamaConfig(**TINY, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2),
     "llama-mha": LlamaConfig(**TINY, intermediate_size=96, num_attention_heads=4, attention_bias=True),
@@ -85,11 +86,66 @@ def sample_dir(request):
 
 @pytest.fixture
 def save_tiny(tmp_path):
-    """Write a tiny model (with the demo tokenizer's ids cut to its vocabulary) and return its directory."""
+    """Write a tiny model with the demo tokenizer and return its directory."""
 
     def save(name, seed=0):
-        directory = tmp_path / f"{name}-{seed}"
-        tiny_model(name, seed).save_pretrained(directory)
-        return directory
+        return save_tiny_model(name, tmp_path / f"{name}-{seed}", seed)
 
     return save
+
+
+def save_tiny_model(name, directory, seed=0):
+    tiny_model(name, seed).save_pretrained(directory)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / "stdlib-llama" / file, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One real Ray node for all tests, in processes of its own; `cluster(None)` connects to it by $RAY_ADDRESS."""
+    from ray.cluster_utils import Cluster
+
+    node = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    os.environ["RAY_ADDRESS"] = node.address
+    yield node
+    del os.environ["RAY_ADDRESS"]
+    node.shutdown()
+
+
+ZOO = """
+name: tiny
+models:
+  - {{name: small-llama, source: ./small-llama, dtype: float32}}
+  - {{name: tiny-opt, source: ./tiny-opt, dtype: float32}}
+variants:
+  - {{method: lorc, schedule: uniform, kept_fraction: {kept}}}
+  - {{method: lorc, schedule: progressive, kept_fraction: 0.75}}
+evaluation:
+  texts: [{{name: stdlib, source: text.jsonl}}]
+  window_tokens: 32
+  num_windows: 8
+  batch_size: 4
+gates: {{max_perplexity_rise: 0.1}}
+"""
+
+
+def write_zoo(directory, kept="[0.9, 0.1]"):
+    """A zoo of a trained demo model and a tiny random one, with their text; returns the zoo file."""
+    shutil.copytree(DEMO / "stdlib-llama", directory / "small-llama")
+    save_tiny_model("opt", directory / "tiny-opt")
+    lines = (DEMO / "heldout.jsonl").read_text().splitlines()[:8]
+    (directory / "text.jsonl").write_text("\n".join(lines))
+    (directory / "zoo.yaml").write_text(ZOO.format(kept=kept))
+    return directory / "zoo.yaml"
+
+
+@pytest.fixture(scope="session")
+def finished(ray_cluster, tmp_path_factory):
+    """A zoo that ran to the end: its file, its work directory (with a space in its path) and the run."""
+    from pipeline.zoo import load_zoo
+    from pipeline.zoo_run import run_zoo
+
+    directory = tmp_path_factory.mktemp("finished zoo")
+    zoo_file = write_zoo(directory)
+    return zoo_file, directory / "work", run_zoo(load_zoo(zoo_file), directory / "work")

@@ -1,0 +1,217 @@
+"""The `lorc` command as its users see it: what it prints, where, and its exit codes."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from jobs.bench_svd import accuracy_table, relative_error, weight_of_condition
+from jobs.cli import main
+from lorc_core.variant import write_manifest
+from pipeline.registry import VARIANT_PATH, connect, find_version
+from tests.conftest import REPOSITORY, write_zoo
+
+
+@pytest.fixture
+def lorc(monkeypatch, capsys):
+    """Run the command in this process; returns exit code, standard output and standard error."""
+
+    def lorc(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lorc", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return exit_.value.code, captured.out, captured.err
+
+    return lorc
+
+
+@pytest.fixture
+def registry(finished):
+    _, workdir, _ = finished
+    return connect(f"sqlite:///{workdir / 'mlflow.db'}")
+
+
+def version_of(client, name, label):
+    return next(v for v in client.search_model_versions(f"name='{name}'") if v.tags["variant"] == label)
+
+
+def test_run_again_prints_the_table_and_runs_nothing(finished, lorc):
+    zoo_file, workdir, _ = finished
+    code, out, _ = lorc("run", zoo_file, "--workdir", workdir)
+    assert code == 0
+    assert "0 steps ran, 35 were done before" in out
+    for text in ("small-llama", "tiny-opt", "baseline", "lorc-uniform-0.1", "lorc-progressive-0.75", "B/token"):
+        assert text in out
+
+
+def test_promote_accepts_one_and_refuses_another_with_reasons(finished, registry, lorc):
+    _, workdir, _ = finished
+    best = version_of(registry, "small-llama", "lorc-uniform-0.9")
+    worst = version_of(registry, "small-llama", "lorc-uniform-0.1")
+    code, out, _ = lorc("promote", f"small-llama/{best.version}", "--workdir", workdir)
+    assert code == 0
+    assert f"promoted small-llama version {best.version} (lorc-uniform-0.9) to small-llama@champion" in out
+    code, out, _ = lorc("promote", f"small-llama/{worst.version}", "--workdir", workdir)
+    assert code == 1
+    assert f"refused small-llama version {worst.version} (lorc-uniform-0.1):" in out
+    assert "allowed is 10.00%" in out
+    assert registry.get_model_version_by_alias("small-llama", "champion").version == best.version
+    assert "stdlib: perplexity rose by" in registry.get_model_version("small-llama", worst.version).tags["lorc.refused"]
+    lenient = workdir.parent / "lenient.yaml"
+    lenient.write_text((workdir.parent / "zoo.yaml").read_text().replace("rise: 0.1", "rise: 1000"))
+    code, _, _ = lorc(
+        "promote", f"small-llama/{worst.version}", "--to", "trial", "--zoo", lenient, "--workdir", workdir
+    )
+    assert code == 0
+    assert registry.get_model_version_by_alias("small-llama", "trial").version == worst.version
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("small-lama", "no registered model 'small-lama'; registered are small-llama, tiny-opt"),
+        ("small-llama/99", "no version small-llama/99; small-llama has the versions small-llama/1 to small-llama/3"),
+        ("small-llama@winner", "no version small-llama@winner"),
+    ],
+)
+def test_promote_names_what_there_is(finished, lorc, reference, message):
+    code, _, err = lorc("promote", reference, "--workdir", finished[1])
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_regress_passes_then_sees_a_fall_then_an_altered_file(finished, registry, lorc):
+    _, workdir, _ = finished
+    assert lorc("promote", "small-llama", "--workdir", workdir)[0] == 0
+    code, out, _ = lorc("regress", "small-llama", "--workdir", workdir)
+    assert code == 0
+    assert "passed" in out
+
+    champion = find_version(registry, "small-llama@champion", "champion")
+    registered = Path(unquote(urlparse(registry.get_run(champion.run_id).info.artifact_uri).path)) / VARIANT_PATH
+    keep = workdir / "keep"
+    shutil.copytree(registered, keep)
+    worse_factors(registered)
+    write_manifest(registered)
+    code, out, _ = lorc("regress", "small-llama", "--workdir", workdir)
+    assert code == 1
+    assert "fell" in out
+    assert registry.get_model_version("small-llama", champion.version).tags["lorc.regression"].startswith("fell")
+
+    worse_factors(registered, seed=1)
+    code, out, _ = lorc("regress", "small-llama", "--workdir", workdir)
+    assert code == 1
+    assert "factors.safetensors: altered after it was written" in " ".join(out.split())
+
+    shutil.rmtree(registered)
+    shutil.copytree(keep, registered)
+    assert lorc("regress", "small-llama", "--workdir", workdir)[0] == 0
+
+
+def worse_factors(directory, seed=0):
+    """Random orthonormal factors of the same shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.linalg.qr(torch.randn(value.shape, generator=generator))[0].contiguous()
+        for name, value in load_file(directory / "factors.safetensors").items()
+    }
+    save_file(tensors, directory / "factors.safetensors")
+
+
+def test_regress_without_a_champion_is_a_wrong_request(tmp_path, ray_cluster, lorc):
+    code, _, err = lorc("regress", "--workdir", tmp_path)
+    assert code == 2
+    assert "no registered model has a champion" in err
+
+
+def test_generate_continues_a_prompt_from_the_registry_and_from_a_directory(finished, registry, lorc):
+    _, workdir, run = finished
+    for reference in ("small-llama/1", run.store.path(run.models[0].variants[0].variant)):
+        code, out, _ = lorc("generate", reference, "import os", "--max-new-tokens", 5, "--workdir", workdir)
+        assert code == 0
+        assert out.startswith("import os")
+        assert len(out) > len("import os\n")
+
+
+def test_generate_tells_a_directory_that_is_no_variant(finished, lorc, tmp_path):
+    code, _, err = lorc("generate", tmp_path, "x", "--workdir", finished[1])
+    assert code == 2
+    assert "a directory without lorc_config.json is no variant" in err
+
+
+def test_plan_prints_the_caches_of_lorcs_table_2_from_configs_alone(lorc, tmp_path):
+    """LoRC prints half of these sizes; the arithmetic is 2 x layers x kv_width x 2 bytes x 64 x 2048."""
+    code, out, _ = lorc("plan", REPOSITORY / "examples" / "hub.yaml", "--workdir", tmp_path)
+    assert code == 0
+    rows = {
+        tuple(cells[:2]): cells[2:] for cells in (row.replace("│", " ").split() for row in out.splitlines()) if cells
+    }
+    assert rows["llama-2-13b", "baseline"][:2] == ["100.00", "GiB"]
+    assert rows["llama-3.1-8b", "baseline"][:2] == ["16.00", "GiB"]
+    assert rows["llama-3.1-70b", "baseline"][:2] == ["40.00", "GiB"]
+    # 13B at 0.55: 55 GiB of cache and 80 factors of 2816 x 5120 at two bytes
+    assert rows["llama-2-13b", "lorc-progressive-0.55"] == ["55.00", "GiB", "2.15", "GiB", "57.15", "GiB", "57.1%"]
+    assert "weights per GPU in GiB, of 80 each: 0: 32.2, 1: 33.5, 2: 33.5, 3: 32.2" in " ".join(out.split())
+
+
+def test_plan_says_what_is_done(finished, lorc):
+    zoo_file, workdir, _ = finished
+    code, out, _ = lorc("plan", zoo_file, "--workdir", workdir)
+    assert code == 0
+    assert "small-llama: 19 of 19 steps done" in out
+    changed = zoo_file.with_name("more.yaml")
+    changed.write_text(zoo_file.read_text().replace("[0.9, 0.1]", "[0.9, 0.8]"))
+    assert (
+        "small-llama: 15 of 19 steps done; to do: 1 schedule, 1 variant, 1 evaluate, 1 register"
+        in lorc("plan", changed, "--workdir", workdir)[1]
+    )
+
+
+def test_a_misspelt_field_is_one_line_and_exit_code_2(lorc, tmp_path):
+    zoo_file = write_zoo(tmp_path)
+    zoo_file.write_text(zoo_file.read_text().replace("batch_size", "batchsize"))
+    code, out, err = lorc("run", zoo_file, "--workdir", tmp_path / "work")
+    assert (code, out) == (2, "")
+    assert err.startswith(
+        f"error: {zoo_file}: evaluation.batchsize: unknown field; allowed here are texts, window_tokens"
+    )
+    assert len(err.splitlines()) == 1
+
+
+def test_debug_shows_the_trace(lorc, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["lorc", "--debug", "run", str(tmp_path / "none.yaml")])
+    with pytest.raises(ValueError, match="does not exist"):
+        main()
+
+
+def test_a_failed_model_gives_exit_code_1_and_the_others_finish(ray_cluster, lorc, tmp_path):
+    zoo_file = write_zoo(tmp_path, kept="0.5")
+    zoo_file.write_text(zoo_file.read_text().replace("./small-llama", "./small-lama"))
+    code, out, _ = lorc("compress", zoo_file, "--workdir", tmp_path / "work")
+    assert code == 1
+    assert "small-lama does not exist" in " ".join(out.split())
+    assert "1 steps failed" in out
+    assert len(list((tmp_path / "work" / "steps").glob("variant-*/manifest.json"))) == 2
+
+
+def test_bench_matrices_have_their_condition_and_errors_are_relative(capsys):
+    weight = weight_of_condition(24, 64, 1e4)
+    spectrum = torch.linalg.svdvals(weight)
+    assert (spectrum[0] / spectrum[-1]).item() == pytest.approx(1e4, rel=1e-9)
+    assert relative_error(spectrum * (1 + 1e-6), spectrum) == pytest.approx(1e-6, rel=1e-6)
+    assert accuracy_table(16, 32).row_count == 6
+
+
+def test_registered_details_are_the_zoos(registry):
+    run = registry.get_run(registry.get_model_version("tiny-opt", "1").run_id)
+    details = json.loads(run.data.tags["lorc.details"])
+    assert details["gates"]["max_perplexity_rise"] == 0.1
+    assert details["settings"] == {"batch_size": 4, "dtype": "float32"}

@@ -1,0 +1,101 @@
+"""Texts, windows, losses and device plans against straightforward computations of the same."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import lorc_core
+from lorc_core.checkpoint import read_config
+from lorc_core.errors import ArtifactError, ConfigError, NumericsError
+from pipeline.evaluation import device_plan, loaded_model, window_losses
+from pipeline.texts import load_rows, pin_windows, token_stream
+from pipeline.zoo import TextEntry
+from tests.conftest import REPOSITORY, tiny_model
+
+GIB = 1024**3
+
+
+@pytest.fixture
+def tokenizer(save_tiny):
+    return AutoTokenizer.from_pretrained(save_tiny("llama"))
+
+
+def test_documents_are_joined_between_the_tokenizers_marks(tokenizer):
+    stream = token_stream(["import os", "x = 1"], tokenizer)
+    inner = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("import os", "x = 1")]
+    assert stream.tolist() == [0, *inner[0], 1, 0, *inner[1], 1]
+
+
+def test_windows_do_not_overlap_are_pinned_by_the_seed_and_keep_their_order():
+    stream = np.arange(100)
+    windows = pin_windows(stream, window_tokens=8, num_windows=5, seed=0, name="t")
+    assert all(row[0] % 8 == 0 and (np.diff(row) == 1).all() for row in windows)
+    assert sorted({int(row[0]) for row in windows}) == [int(row[0]) for row in windows]
+    assert (windows == pin_windows(stream, window_tokens=8, num_windows=5, seed=0, name="t")).all()
+    assert (windows != pin_windows(stream, window_tokens=8, num_windows=5, seed=1, name="t")).any()
+
+
+def test_a_short_text_says_how_many_windows_it_gives():
+    with pytest.raises(ConfigError, match="text t: 10 tokens give 0 windows of 32, 2 are asked"):
+        pin_windows(np.arange(10), window_tokens=32, num_windows=2, seed=0, name="t")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("a.txt", "one\n\ntwo"), ("a.jsonl", '{"text": "one\\n\\ntwo"}\n'), ("a.json", '[{"text": "one\\n\\ntwo"}]')],
+)
+def test_text_files_are_read_through_datasets(tmp_path, file, content):
+    (tmp_path / file).write_text(content)
+    assert load_rows(TextEntry(name="t", source=str(tmp_path / file)), tmp_path / "cache") == ["one\n\ntwo"]
+
+
+def test_parquet_is_read_and_a_missing_column_lists_those_there(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"body": ["one", "two"]}), tmp_path / "a.parquet")
+    source = str(tmp_path / "a.parquet")
+    assert load_rows(TextEntry(name="t", source=source, column="body"), tmp_path / "cache") == ["one", "two"]
+    with pytest.raises(ConfigError, match="text t: no column 'text'; it has body"):
+        load_rows(TextEntry(name="t", source=source), tmp_path / "cache")
+
+
+def test_window_losses_equal_one_uncached_pass_and_bytes_are_those_held():
+    model = tiny_model("llama")
+    windows = np.random.default_rng(0).integers(3, 1024, (5, 20))
+    losses, bytes_per_token = window_losses(model, windows, batch_size=2)
+    ids = torch.from_numpy(windows)
+    with torch.inference_mode():
+        log_probabilities = model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
+    expected = -log_probabilities[:, :-1].gather(2, ids[:, 1:, None])[:, :, 0].mean(1)
+    np.testing.assert_allclose(losses, expected.numpy(), rtol=1e-5)
+    assert bytes_per_token == 3 * 2 * 32 * 4  # layers x kinds x width x float32
+    variant = lorc_core.compress(model, kept_fraction=0.5, schedule="uniform")
+    with lorc_core.attach(model, variant):
+        worse, fewer = window_losses(model, windows, batch_size=5)
+    assert fewer == bytes_per_token / 2
+    assert np.abs(worse - losses).max() > 0.01
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    model = tiny_model("llama")
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(NumericsError, match="window 0: the loss is NaN or infinite"):
+        window_losses(model, np.full((2, 8), 5), batch_size=2)
+
+
+def test_a_70b_model_is_spread_evenly_from_its_config_alone():
+    config = read_config(REPOSITORY / "examples" / "configs" / "llama-3.1-70b.json")
+    devices, held = device_plan(config, torch.bfloat16, dict.fromkeys(range(4), 80 * GIB))
+    assert set(devices.values()) == {0, 1, 2, 3}
+    assert sum(held.values()) == pytest.approx(70.55e9 * 2, rel=0.01)  # parameters at two bytes
+    assert max(held.values()) < 1.1 * min(held.values())
+
+
+def test_a_model_that_cannot_be_loaded_is_an_artifact_error(save_tiny):
+    directory = save_tiny("llama")
+    config = (directory / "config.json").read_text()
+    (directory / "config.json").write_text(config.replace('"intermediate_size": 96', '"intermediate_size": 32'))
+    with pytest.raises(ArtifactError, match="cannot be loaded"), loaded_model(directory, "float32"):
+        pass

@@ -1,0 +1,140 @@
+"""The zoo file: what is accepted, and that every error names the file, the field and what is allowed."""
+
+import pytest
+import yaml
+
+from lorc_core.errors import ConfigError
+from lorc_core.schedule import Progressive, Uniform
+from pipeline.zoo import load_zoo
+from tests.conftest import REPOSITORY, ZOO
+
+
+@pytest.fixture
+def content(tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "x"}')
+    return yaml.safe_load(ZOO.format(kept="[0.9, 0.5]"))
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(content):
+        (tmp_path / "zoo.yaml").write_text(yaml.safe_dump(content))
+        return load_zoo(tmp_path / "zoo.yaml")
+
+    return load
+
+
+def test_paths_are_resolved_beside_the_zoo_file(content, load, tmp_path):
+    zoo = load(content)
+    assert zoo.models[0].source == str(tmp_path / "small-llama")
+    assert zoo.models[0].is_directory
+    assert zoo.evaluation.texts[0].file == tmp_path / "text.jsonl"
+
+
+def test_schedules_are_built_from_a_name_or_from_fields(content, load):
+    content["variants"][0]["schedule"] = {"name": "progressive", "min_rank": 4, "skip_layers": [0, 1]}
+    zoo = load(content)
+    assert zoo.variants[0].schedule == Progressive(min_rank=4, skip_layers=(0, 1))
+    assert zoo.variants[1].schedule == Progressive()
+    content["variants"][0]["schedule"] = "uniform"
+    assert load(content).variants[0].schedule == Uniform()
+
+
+def test_one_kept_fraction_is_a_list_of_one(content, load):
+    assert load(content).variants[1].kept_fraction == (0.75,)
+
+
+def set_at(content, path, value):
+    for part in path[:-1]:
+        content = content[part]
+    content[path[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["modles"], [], "modles: unknown field; allowed here are name, models, variants, evaluation, gates"),
+        (["models", 0, "dtyp"], "float32", r"models\.0\.dtyp: unknown field; allowed here are name, source, revision"),
+        (["models", 0, "dtype"], "float8", r"models\.0\.dtype: input should be 'float32', 'bfloat16' or 'float16'"),
+        (["models", 0, "source"], "a/b/c", r"models\.0\.source: a directory starts with \./"),
+        (["models", 1, "name"], "small-llama", "models: the name 'small-llama' is used twice"),
+        (
+            ["models", 0, "resources"],
+            {"gpus": 1},
+            r"models\.0\.resources\.gpus: unknown field; allowed here are num_cp",
+        ),
+        (["variants", 0, "method"], "lork", r"variants\.0\.method: method 'lork' is not known; known are lorc"),
+        (["variants", 0, "schedule"], "unifrom", r"schedule 'unifrom' is not known; known are progressive, uniform"),
+        (
+            ["variants", 0, "schedule"],
+            {"name": "uniform", "min_rank": 3},
+            "unknown field min_rank; uniform allows rank_",
+        ),
+        (
+            ["variants", 0, "schedule"],
+            {"name": "uniform", "rank_multiple": 0},
+            "rank_multiple must be at least 1, got 0",
+        ),
+        (
+            ["variants", 0, "schedule"],
+            {"name": "uniform", "rank_multiple": "x"},
+            "rank_multiple: Input should be a val",
+        ),
+        (["variants", 0, "kept_fraction"], 0, r"variants\.0\.kept_fraction\.0: input should be greater than 0, got 0"),
+        (
+            ["variants", 0, "kept_fraction"],
+            [0.5, 1.2],
+            r"kept_fraction\.1: input should be less than or equal to 1, go",
+        ),
+        (["variants", 0, "kept_fraction"], [], r"variants\.0\.kept_fraction: .*at least 1 item"),
+        (
+            ["variants", 0],
+            {"schedule": "progressive", "kept_fraction": 0.75},
+            "the same method, schedule and kept_frac",
+        ),
+        (
+            ["evaluation", "texts", 0, "source"],
+            "none.txt",
+            r"evaluation\.texts\.0\.source: text file .*none.txt does not",
+        ),
+        (["evaluation", "texts", 0, "source"], "./a.csv", r"name must end in one of \.txt, \.jsonl"),
+        (["gates"], {}, "gates: give max_perplexity_rise, min_recovery or both"),
+        (["gates", "min_recovery"], 1.5, r"gates\.min_recovery: input should be less than or equal to 1"),
+        (["cluster"], {"gpus": 8}, "cluster: gpus needs gpu_memory_gib"),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_is_allowed(content, load, tmp_path, path, value, message):
+    set_at(content, path, value)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(content)
+    assert str(caught.value).startswith(f"{tmp_path / 'zoo.yaml'}: ")
+
+
+def test_every_wrong_field_gets_a_line(content, load):
+    del content["gates"]
+    content["models"][0]["dtype"] = "float8"
+    with pytest.raises(ConfigError) as caught:
+        load(content)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert lines[1].endswith("gates: field required")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a", "must be a mapping with the fields name, models"), ("a: [", "not YAML"), ("", "must be a mapping")],
+)
+def test_what_is_no_mapping_is_refused(tmp_path, text, message):
+    (tmp_path / "zoo.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_zoo(tmp_path / "zoo.yaml")
+
+
+def test_an_absent_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"zoo file .*none\.yaml does not exist"):
+        load_zoo(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("name", ["demo.yaml", "hub.yaml"])
+def test_the_examples_load(name):
+    assert len(load_zoo(REPOSITORY / "examples" / name).models) >= 2

@@ -1,0 +1,239 @@
+"""Whole zoos on a real Ray node: what runs, what is not run again, what a broken model costs the others."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.dataset as ds
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import lorc_core
+from pipeline.results import results
+from pipeline.runner import what_lacks
+from pipeline.steps import Need
+from pipeline.zoo import load_zoo
+from pipeline.zoo_run import run_zoo
+from tests.conftest import save_tiny_model, write_zoo
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def statuses(run):
+    found = {}
+    for outcome in run.outcomes:
+        found.setdefault((outcome.name, outcome.status), []).append(outcome)
+    return {key: len(outcomes) for key, outcomes in found.items()}
+
+
+def test_every_step_ran_once(finished):
+    _, _, run = finished
+    assert statuses(run) == {
+        ("decompose", "ran"): 8,  # five layers and three, each shared by three variants
+        ("schedule", "ran"): 6,
+        ("variant", "ran"): 6,
+        ("windows", "ran"): 1,  # both models have the same tokenizer
+        ("evaluate", "ran"): 8,
+        ("register", "ran"): 6,
+    }
+
+
+def test_variants_equal_those_compressed_without_the_pipeline(finished):
+    zoo_file, _, run = finished
+    steps = run.models[0].variants[1]
+    from_pipeline = lorc_core.load_variant(run.store.path(steps.variant))
+    directly = lorc_core.compress(zoo_file.parent / "small-llama", kept_fraction=0.1, schedule="uniform")
+    assert from_pipeline.base == directly.base
+    assert from_pipeline.ranks == directly.ranks
+    for one, other in zip(from_pipeline.factors, directly.factors, strict=True):
+        for kind in one:
+            torch.testing.assert_close(one[kind].up, other[kind].up, rtol=0, atol=1e-6)
+
+
+def test_results_are_measured_and_paired(finished):
+    zoo_file, _, run = finished
+    rows = {(row.model, row.variant): row for row in results(run)}
+    assert [row.variant for row in results(run)][:4] == [
+        "baseline",
+        "lorc-uniform-0.9",
+        "lorc-uniform-0.1",
+        "lorc-progressive-0.75",
+    ]
+    baseline, tenth = rows["small-llama", "baseline"], rows["small-llama", "lorc-uniform-0.1"]
+    assert (baseline.bytes_per_token, tenth.bytes_per_token) == (5 * 256 * 4, 5 * 26 * 4)
+    assert tenth.kept_fraction == 26 / 256
+    assert tenth.loss_rise == pytest.approx(tenth.loss - baseline.loss)
+    assert tenth.perplexity == pytest.approx(np.exp(tenth.loss))
+    # the loss again, by transformers' own loss function on the variant loaded from its directory
+    steps = run.models[0].variants[1]
+    model = lorc_core.load(run.store.path(steps.variant), base=zoo_file.parent / "small-llama", dtype=torch.float32)
+    windows = torch.from_numpy(np.load(run.store.path(run.models[0].windows[0]) / "windows.npy"))
+    with torch.inference_mode():
+        assert model(input_ids=windows, labels=windows).loss.item() == pytest.approx(tenth.loss, rel=1e-5)
+
+
+def test_tables_open_in_one_query(finished):
+    _, workdir, _ = finished
+    scores = ds.dataset(workdir / "tables" / "scores").to_table().to_pandas()
+    assert len(scores) == 8
+    assert set(scores.columns) >= {"model", "variant", "text", "loss", "perplexity", "bytes_per_token"}
+    spectra = ds.dataset(workdir / "tables" / "spectra").to_table().to_pandas()
+    assert len(spectra) == 16
+    losses = ds.dataset(workdir / "tables" / "window_losses").to_table().to_pandas()
+    assert losses.groupby(["model", "variant"]).size().eq(8).all()
+    ranks = ds.dataset(workdir / "tables" / "ranks").to_table().to_pandas()
+    assert ranks[ranks.variant == "lorc-uniform-0.1"]["rank"].isin([13, 6]).all()
+    outcomes = ds.dataset(workdir / "tables" / "outcomes").to_table().to_pandas()
+    assert outcomes.status.eq("ran").all()
+
+
+def test_a_second_run_runs_nothing(finished):
+    zoo_file, workdir, _ = finished
+    assert {status for _, status in statuses(run_zoo(load_zoo(zoo_file), workdir))} == {"cached"}
+
+
+def test_a_changed_budget_decomposes_nothing_again(finished):
+    zoo_file, workdir, _ = finished
+    changed = zoo_file.with_name("changed.yaml")
+    changed.write_text(zoo_file.read_text().replace("[0.9, 0.1]", "[0.9, 0.4]"))
+    found = statuses(run_zoo(load_zoo(changed), workdir, until="evaluate"))
+    assert found == {
+        ("decompose", "cached"): 8,
+        ("windows", "cached"): 1,
+        ("schedule", "cached"): 4,
+        ("schedule", "ran"): 2,
+        ("variant", "cached"): 4,
+        ("variant", "ran"): 2,
+        ("evaluate", "cached"): 6,
+        ("evaluate", "ran"): 2,
+    }
+
+
+def break_nan(directory):
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.2.self_attn.v_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def break_file(directory):
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def break_rank(directory):
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model.model.layers[0].self_attn.k_proj.weight.data[1] = model.model.layers[0].self_attn.k_proj.weight.data[0]
+    model.save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message", "survivors"),
+    [
+        (break_nan, "layer 2 values: the weight or its bias holds NaN", []),
+        (break_file, "not a whole safetensors file", []),
+        (break_rank, "layer 0 keys: the weight is rank-deficient", ["lorc-uniform-0.5"]),
+    ],
+)
+def test_a_broken_model_does_not_stop_the_others(tmp_path, damage, message, survivors):
+    zoo_file = write_zoo(tmp_path, kept="0.5")
+    broken = save_tiny_model("llama", tmp_path / "broken", seed=1)
+    damage(broken)
+    entry = "models:\n  - {name: broken, source: ./broken, dtype: float32}"
+    zoo_file.write_text(zoo_file.read_text().replace("models:", entry, 1))
+    run = run_zoo(load_zoo(zoo_file), tmp_path / "work", until="evaluate")
+    assert {outcome.model for outcome in run.failures} == {"broken"}
+    assert any(message in outcome.error for outcome in run.failures)
+    rows = results(run)
+    assert [row.variant for row in rows if row.model == "broken" and row.variant != "baseline"] == survivors
+    assert sum(row.model != "broken" for row in rows) == 6
+
+
+def test_a_missing_model_and_a_short_text_are_outcomes(tmp_path):
+    zoo_file = write_zoo(tmp_path, kept="0.5")
+    content = zoo_file.read_text().replace("num_windows: 8", "num_windows: 80000")
+    zoo_file.write_text(content.replace("./tiny-opt", "./tiny-otp"))
+    run = run_zoo(load_zoo(zoo_file), tmp_path / "work", until="evaluate")
+    errors = {outcome.model: outcome.error for outcome in run.failures}
+    assert f"model directory {tmp_path / 'tiny-otp'} does not exist" in errors["tiny-opt"]
+    assert "80000 are asked; lower evaluation.num_windows" in errors["small-llama"]
+    skipped = [outcome for outcome in run.outcomes if outcome.status == "skipped"]
+    assert {outcome.name for outcome in skipped} == {"evaluate"}
+
+
+def test_a_request_that_no_node_can_meet_is_refused_before_submission(tmp_path):
+    zoo_file = write_zoo(tmp_path, kept="0.5")
+    wanted = "source: ./small-llama, resources: {num_gpus: 4}"
+    zoo_file.write_text(zoo_file.read_text().replace("source: ./small-llama", wanted))
+    run = run_zoo(load_zoo(zoo_file), tmp_path / "work", until="evaluate")
+    assert {(outcome.model, outcome.name) for outcome in run.failures} == {("small-llama", "evaluate")}
+    assert "no node of the cluster can give CPU 1, GPU 4; its nodes have: CPU 2, GPU 0" in run.failures[0].error
+
+
+def test_a_killed_run_loses_no_finished_step(tmp_path):
+    zoo_file = write_zoo(tmp_path, kept="[0.9, 0.7, 0.5, 0.3]")
+    workdir = tmp_path / "work"
+    command = [sys.executable, "-m", "jobs.compress_zoo", str(zoo_file), "--workdir", str(workdir)]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(workdir.glob("steps/evaluate-*/manifest.json")):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path.parent.name: path.stat().st_mtime_ns for path in workdir.glob("steps/*/manifest.json")}
+    assert 0 < len(before) < 8 + 1 + 10 * 4
+    run = run_zoo(load_zoo(zoo_file), workdir, until="evaluate")
+    after = {path.parent.name: path.stat().st_mtime_ns for path in workdir.glob("steps/*/manifest.json")}
+    assert not run.failures
+    assert before.items() <= after.items()
+    cached = {outcome.key for outcome in run.outcomes if outcome.status == "cached"}
+    assert {key for key in before if not key.startswith("register")} == cached
+
+
+def test_what_lacks_is_empty_for_what_fits(ray_cluster):
+    import ray
+
+    ray.init(address=ray_cluster.address, log_to_driver=False)
+    try:
+        assert what_lacks(Need(num_cpus=2)) is None
+        assert "CPU 3" in what_lacks(Need(num_cpus=3))
+    finally:
+        ray.shutdown()
+
+
+def test_registrations_hold_memory_and_accuracy(finished):
+    from pipeline.registry import connect
+
+    _, workdir, run = finished
+    client = connect(f"sqlite:///{workdir / 'mlflow.db'}")
+    versions = client.search_model_versions("name='small-llama'")
+    assert len(versions) == 3
+    for version in versions:
+        logged = client.get_run(version.run_id)
+        parent = client.get_run(logged.data.tags["mlflow.parentRunId"])
+        assert parent.data.metrics["bytes_per_token"] == 5120
+        assert logged.data.metrics["recovery.stdlib"] == pytest.approx(
+            parent.data.metrics["perplexity.stdlib"] / logged.data.metrics["perplexity.stdlib"]
+        )
+        assert float(version.tags["bytes_per_token"]) == logged.data.metrics["bytes_per_token"]
+        assert version.tags["variant"].startswith("lorc-")
+        assert json.loads(logged.data.tags["lorc.details"])["texts"] == ["stdlib"]
+    candidate = client.get_model_version_by_alias("small-llama", "candidate")
+    passing = [row for row in results(run) if row.model == "small-llama" and np.exp(row.loss_rise) <= 1.1][1:]
+    assert candidate.tags["variant"] == min(passing, key=lambda row: row.bytes_per_token).variant
+
+
+def test_a_registered_version_generates_text_through_mlflow(finished, monkeypatch):
+    import mlflow
+
+    _, workdir, _ = finished
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workdir / 'mlflow.db'}")
+    model = mlflow.pyfunc.load_model("models:/small-llama/1")
+    texts = model.predict(["import os", "def f(x):"], params=None)
+    assert len(texts) == 2
+    assert all(isinstance(text, str) and text for text in texts)
