@@ -1,9 +1,9 @@
 # Two commands: `make run` compresses and evaluates the demo zoo, `make test` runs the tests.
-# Both set up .venv first; it is reused while pyproject.toml and constraints.txt stay as they are.
+# Both set up .venv first and reuse it while pyproject.toml and constraints.txt stay as they are.
 
 PYTHON ?= python3
-export MLFLOW_DISABLE_TELEMETRY = true
-export RAY_USAGE_STATS_ENABLED = 0
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CORE_TESTS = pytest pytest-timeout hypothesis beartype
 
 .PHONY: run test test-core lint
 
@@ -13,14 +13,24 @@ run: .venv/installed
 test: .venv/installed
 	.venv/bin/python -m pytest
 
+# lorc_core and its tests in an environment without Ray and MLflow
+test-core: .venv-core/installed
+	.venv-core/bin/python -m pytest tests/core
+
 lint: .venv/installed
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
 
-# torch first and by version, so that pip takes one build of it for everything that follows
+# torch first and alone, so that pip takes one build of it for everything that follows
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,dev]'
-	touch .venv/installed
+	.venv/bin/python $(PIP_INSTALL) torch
+	.venv/bin/python $(PIP_INSTALL) --editable '.[pipeline,dev]'
+	touch $@
+
+.venv-core/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-core
+	.venv-core/bin/python $(PIP_INSTALL) torch
+	.venv-core/bin/python $(PIP_INSTALL) --editable . $(CORE_TESTS)
+	touch $@

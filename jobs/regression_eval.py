@@ -23,7 +23,7 @@ def regress_champions(names: list[str], address: str | None, workdir: Path) -> i
     progress = StepProgress(screen)
     with progress.bars:
         uri = default_tracking_uri(None, workdir.resolve())
-        verdicts = regress(uri, names, address, workdir, progress.plan, progress.record)
+        verdicts = regress(uri, names, address, workdir, progress.plan, progress.count)
     if any(verdict.rows for verdict in verdicts):
         screen.print(verdict_table(verdicts))
     for verdict in verdicts:

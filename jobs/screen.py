@@ -22,7 +22,7 @@ def console() -> Console:
 
 
 class StepProgress:
-    """One bar per kind of step; failures are printed above the bars as they come."""
+    """One bar per kind of step; `record` also prints failures, above the bars, as they come."""
 
     def __init__(self, screen: Console) -> None:
         self.bars = Progress(
@@ -36,9 +36,12 @@ class StepProgress:
                 total = sum(one.name == step.name for one in steps)
                 self.rows[step.name] = self.bars.add_task(step.name, total=total)
 
-    def record(self, outcome: Outcome) -> None:
+    def count(self, outcome: Outcome) -> None:
         if outcome.name in self.rows:
             self.bars.advance(self.rows[outcome.name])
+
+    def record(self, outcome: Outcome) -> None:
+        self.count(outcome)
         if outcome.status == "failed":
             self.bars.console.print(f"[red]{outcome.model}[/red]: {outcome.name}: {escape(outcome.error or '')}")
 

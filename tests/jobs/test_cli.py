@@ -88,6 +88,7 @@ def test_promote_names_what_there_is(finished, lorc, reference, message):
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_regress_passes_then_sees_a_fall_then_an_altered_file(finished, registry, lorc):
     _, workdir, _ = finished
     assert lorc("promote", "small-llama", "--workdir", workdir)[0] == 0

@@ -175,6 +175,7 @@ def test_a_request_that_no_node_can_meet_is_refused_before_submission(tmp_path):
     assert "no node of the cluster can give CPU 1, GPU 4; its nodes have: CPU 2, GPU 0" in run.failures[0].error
 
 
+@pytest.mark.slow
 def test_a_killed_run_loses_no_finished_step(tmp_path):
     zoo_file = write_zoo(tmp_path, kept="[0.9, 0.7, 0.5, 0.3]")
     workdir = tmp_path / "work"
