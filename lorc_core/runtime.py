@@ -175,7 +175,7 @@ def enter_attention(
         kwargs["position_embeddings"] = (torch.ones_like(cos[:1, :1]), torch.zeros_like(cos[:1, :1]))
         check_contiguous(position_ids)
     state.call = Call(rotation, position_ids)
-    kwargs["past_key_values"] = LatentCache(kwargs["past_key_values"], state)
+    kwargs["past_key_values"] = LatentCache(kwargs.get("past_key_values"), state)
     return args, kwargs
 
 
@@ -225,8 +225,8 @@ class Attachment:
     def _hook(self, layer_idx: int, factors: dict[Kind, Factors | None]) -> None:
         base = self.model.base_model
         module = base.get_submodule(self.variant.architecture.attention_module(layer_idx))
-        weight = next(module.parameters())
-        placed = {kind: place(found, weight) if found else None for kind, found in factors.items()}
+        dtype, device = next(module.parameters()).dtype, execution_device(module)
+        placed = {kind: place(found, device, dtype) if found else None for kind, found in factors.items()}
         rotary = base.get_submodule("rotary_emb") if self.variant.architecture.rotary else None
         state = LayerState(placed, rotary, self.variant.architecture.num_kv_heads)
         setattr(module, STATE_ATTRIBUTE, state)
@@ -241,10 +241,19 @@ class Attachment:
                 self._hook(layer_idx, factors)
 
 
-def place(factors: Factors, like: Tensor) -> Factors:
-    """The factors on the device and in the dtype of a parameter; `down` stays a view of `up`."""
-    up = factors.up.to(like.device, like.dtype)
-    offset = None if factors.offset is None else factors.offset.to(like.device, like.dtype)
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: its weights' device or, while accelerate keeps those elsewhere, the one they go to."""
+    weight = next(module.parameters())
+    if weight.device.type != "meta":
+        return weight.device
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    return torch.device(next(hook.execution_device for hook in hooks if hook is not None))
+
+
+def place(factors: Factors, device: torch.device, dtype: torch.dtype) -> Factors:
+    """The factors where and as they are used; `down` stays a view of `up`."""
+    up = factors.up.to(device, dtype)
+    offset = None if factors.offset is None else factors.offset.to(device, dtype)
     return Factors(up=up, down=up.T, offset=offset)
 
 
