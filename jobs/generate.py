@@ -1,24 +1,26 @@
 """Continue a text with a variant's compressed cache: `lorc generate VARIANT PROMPT`."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from transformers import AutoTokenizer, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 import lorc_core
+from lorc_core.checkpoint import model_directory
 from lorc_core.errors import ConfigError
 from lorc_core.variant import CONFIG_FILE
 from pipeline.graph import default_tracking_uri
-from pipeline.models import model_directory
 
 
 def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: Path) -> int:
     """Stream a greedy continuation to standard output. Returns the exit code."""
     transformers_logging.disable_progress_bar()
-    directory = variant_directory(reference, workdir)
-    base = lorc_core.load_variant(directory).base
-    base_dir = model_directory(base.source, base.revision)
-    model = lorc_core.load(directory, base=base_dir, dtype="auto", device_map="auto")
+    with TemporaryDirectory() as scratch:
+        directory, dtype = find_variant(reference, workdir, Path(scratch))
+        base = lorc_core.load_variant(directory).base
+        base_dir = model_directory(base.source, base.revision)
+        model = lorc_core.load(directory, base=base_dir, dtype=dtype, device_map="auto")
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)
@@ -29,14 +31,14 @@ def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: Pat
     return 0
 
 
-def variant_directory(reference: str, workdir: Path) -> Path:
-    """A variant on disk, or the files of a registered one (its champion, unless a version or alias is named)."""
+def find_variant(reference: str, workdir: Path, scratch: Path) -> tuple[Path, str]:
+    """A variant on disk, or a registered one (its champion, unless a version or alias is named), and its dtype."""
     if (Path(reference) / CONFIG_FILE).is_file():
-        return Path(reference)
+        return Path(reference), "auto"
     if Path(reference).is_dir():
         raise ConfigError(f"{reference}: a directory without {CONFIG_FILE} is no variant")
     from pipeline.registry import CHAMPION, connect, fetch_files, find_version, read_version
 
     client = connect(default_tracking_uri(None, workdir.resolve()))
     registered = read_version(client, find_version(client, reference, CHAMPION))
-    return fetch_files(client, registered, workdir.resolve())[0]
+    return fetch_files(client, registered, scratch / "version")[0], registered.details["settings"]["dtype"]

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 
-from lorc_core.errors import UnsupportedModelError
+from lorc_core.errors import ConfigError, UnsupportedModelError
 
 Kind = Literal["keys", "values"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -90,6 +90,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
 
     Raises:
         UnsupportedModelError: The model type or its rotary scaling is not one lorc knows.
+        ConfigError: A size is not positive.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -102,6 +103,9 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
             raise UnsupportedModelError(
                 f"{config.model_type}: rope type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
             )
+    for field in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
+        if not getattr(config, field, 0) >= 1:
+            raise ConfigError(f"{config.model_type}: config field {field} must be at least 1")
     num_heads = config.num_attention_heads
     return Architecture(
         model_type=config.model_type,

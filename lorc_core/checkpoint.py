@@ -10,6 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -19,7 +26,10 @@ from lorc_core.errors import ArtifactError, ConfigError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-SAMPLED_BYTES = 4096  # of every tensor, so that a fine-tune that left keys and values alone is told apart
+# Of every tensor that is not hashed whole, so that a fine-tune that left keys and values alone is told apart.
+NUM_SAMPLES, SAMPLE_BYTES = 32, 1024
+# Never the original checkpoints that some repositories keep in a folder, nor pickles.
+HUB_FILES = ("*.json", "model*.safetensors", "*.model", "*.txt")
 
 
 @runtime_checkable
@@ -60,7 +70,10 @@ class Checkpoint:
             return file.get_tensor(full_name)
 
     def fingerprint(self, names: Iterable[str]) -> str:
-        """Hash of the config, all headers, a sample of every tensor and all bytes of `names`."""
+        """Hash of the config, all headers, samples spread over every tensor and all bytes of `names`.
+
+        An edit of other tensors between the samples is not seen; reading all of a 70B model would take minutes.
+        """
         whole = {self._full_name(name) for name in names}
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
         for path, header in sorted(self.headers.items()):
@@ -69,8 +82,9 @@ class Checkpoint:
                 data_start = 8 + int.from_bytes(file.read(8), "little")
                 for name in sorted(header):
                     begin, end = header[name]["data_offsets"]
-                    file.seek(data_start + begin)
-                    digest.update(file.read(end - begin if name in whole else min(end - begin, SAMPLED_BYTES)))
+                    for start, stop in [(begin, end)] if name in whole else sample_ranges(begin, end):
+                        file.seek(data_start + start)
+                        digest.update(file.read(stop - start))
         return digest.hexdigest()
 
     def _full_name(self, name: str) -> str:
@@ -90,18 +104,44 @@ def read_config(source: Path | str, **kwargs: bool | str) -> PreTrainedConfig:
     """
     try:
         return AutoConfig.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
         raise ArtifactError(f"{source}: config cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def model_directory(source: str, revision: str | None, *, fetch_missing: bool = True) -> Path:
+    """A model's files: the directory itself, or the local snapshot of a hub id, named by its commit.
+
+    Args:
+        source: An absolute path, or a hub id.
+        revision: Of the hub model; its main branch if absent.
+        fetch_missing: Whether what is not on disk may be downloaded.
+
+    Raises:
+        ConfigError: There is no such directory or hub model, or it is not on disk and must not be fetched.
+    """
+    if source.startswith("/"):
+        if not Path(source).is_dir():
+            raise ConfigError(f"model directory {source} does not exist")
+        return Path(source)
+    try:
+        snapshot = snapshot_download(
+            source, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=not fetch_missing
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"hub model {source} could not be fetched ({str(error).splitlines()[0]}); "
+            f"a local directory is written ./{source}"
+        ) from error
+    return Path(snapshot)
 
 
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, checked to be there."""
-    index = directory / INDEX_FILE
-    if index.is_file():
-        paths = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    elif (directory / SINGLE_FILE).is_file():
+    if (directory / SINGLE_FILE).is_file():  # before the index, as transformers does
         paths = [directory / SINGLE_FILE]
-    elif pickles := sorted(path.name for path in directory.glob("*.bin")):
+    elif (directory / INDEX_FILE).is_file():
+        paths = [directory / name for name in shard_names(directory / INDEX_FILE)]
+    elif pickles := sorted(path.name for path in directory.glob("pytorch_model*")):
         raise ArtifactError(
             f"{directory}: only pickled weights ({pickles[0]}); loading a pickle runs code from the file, so it is "
             "refused. Convert once where you trust it: "
@@ -112,6 +152,23 @@ def weight_files(directory: Path) -> list[Path]:
     if missing := [path.name for path in paths if not path.is_file()]:
         raise ArtifactError(f"{directory}: shard {missing[0]} is named in {INDEX_FILE} but absent")
     return paths
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that a sharded checkpoint's index names."""
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{index}: not an index of safetensors shards ({error!r})") from error
+
+
+def sample_ranges(begin: int, end: int) -> list[tuple[int, int]]:
+    """Evenly spaced byte ranges, first and last included; the whole range where it is short."""
+    if end - begin <= NUM_SAMPLES * SAMPLE_BYTES:
+        return [(begin, end)]
+    last = end - SAMPLE_BYTES
+    starts = [begin + (last - begin) * index // (NUM_SAMPLES - 1) for index in range(NUM_SAMPLES)]
+    return [(start, start + SAMPLE_BYTES) for start in starts]
 
 
 def read_header(path: Path) -> dict[str, dict]:

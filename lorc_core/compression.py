@@ -17,7 +17,7 @@ from lorc_core.checkpoint import Checkpoint, WeightSource, read_config
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.methods import known_method
 from lorc_core.projection import Decomposition, Factors, decompose
-from lorc_core.schedule import LayerSpectrum, RankSchedule, Schedule, known_schedule
+from lorc_core.schedule import LayerSpectrum, RankSchedule, Schedule, check_kept_fraction, known_schedule
 from lorc_core.variant import BaseModel, Variant
 
 LayerDecomposition = dict[Kind, Decomposition]
@@ -81,14 +81,14 @@ def slice_layer(
 
 def in_dtype(factors: Factors, dtype: torch.dtype) -> Factors:
     up = factors.up.to(dtype)
-    return Factors(up=up, down=up.T, offset=None if factors.offset is None else factors.offset.to(dtype))
+    return Factors(up=up, down=up.T, mean=None if factors.mean is None else factors.mean.to(dtype))
 
 
 def compress(
     model_or_dir: PreTrainedModel | Path | str,
     method: str = "lorc",
     kept_fraction: float = 0.5,
-    schedule: str | Schedule = "progressive",
+    schedule: str | Schedule | None = None,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Variant:
@@ -99,7 +99,7 @@ def compress(
             projections are read.
         method: A name in `METHODS`.
         kept_fraction: Share of the cached floats to keep, in (0, 1].
-        schedule: A schedule, or the name of one with its default fields. The default is the source's own.
+        schedule: A schedule, or the name of one with its default fields; the method's own if absent.
         dtype: That of the stored factors; `attach` casts them to the model's.
 
     Raises:
@@ -108,7 +108,8 @@ def compress(
         UnsupportedModelError: lorc does not know the architecture.
         NumericsError: A weight holds NaN or infinity, or is rank-deficient under the progressive schedule.
     """
-    known_method(method)
+    check_kept_fraction(kept_fraction)
+    schedule = schedule or known_method(method).schedule
     chosen = known_schedule(schedule) if isinstance(schedule, str) else schedule
     source: WeightSource
     if isinstance(model_or_dir, PreTrainedModel):

@@ -25,15 +25,21 @@ Route = Literal["gram", "qr"]
 
 @dataclass(frozen=True)
 class Factors:
-    """An affine projection of rank K: states ~ up @ (down @ states) + offset."""
+    """An affine projection of rank K: states ~ up @ (down @ states) + offset, with offset = mean - up @ down @ mean.
+
+    The mean is kept, not the offset, so that the offset fits the factors in whatever precision they are used.
+    """
 
     up: Float[Tensor, "n k"]
     down: Float[Tensor, "k n"]
-    offset: Float[Tensor, " n"] | None
+    mean: Float[Tensor, " n"] | None
 
-    @property
-    def rank(self) -> int:
-        return self.up.shape[1]
+    def offset(self) -> Float[Tensor, " n"] | None:
+        """What must be added to rebuilt states, computed in float64; None where there is no mean."""
+        if self.mean is None:
+            return None
+        mean = self.mean.double()
+        return (mean - self.up.double() @ (self.down.double() @ mean)).to(self.up.dtype)
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,7 @@ class Decomposition:
         if not 1 <= rank <= width:
             raise ConfigError(f"rank must be in 1..{width}, got {rank}")
         up = self.basis[:, :rank]
-        offset = None if self.mean is None else self.mean - up @ (up.T @ self.mean)
-        return Factors(up=up, down=up.T, offset=offset)
+        return Factors(up=up, down=up.T, mean=self.mean)
 
     @property
     def log10_condition(self) -> float:

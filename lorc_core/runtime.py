@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lorc_core.architecture import KINDS, Kind, architecture_of
-from lorc_core.checkpoint import Checkpoint
+from lorc_core.checkpoint import Checkpoint, model_directory
 from lorc_core.errors import ArtifactError, ConfigError, UnsupportedModelError
 from lorc_core.projection import Factors
 from lorc_core.variant import Variant, load_variant
@@ -51,8 +52,10 @@ class LayerState:
     """The factors of one attention module, on its device, and the call in progress."""
 
     factors: dict[Kind, Factors | None]
+    offsets: dict[Kind, Tensor | None]
     rotary: nn.Module | None
     num_kv_heads: int
+    positions: "RowPositions"
     call: Call | None = None
 
     @property
@@ -86,9 +89,56 @@ class LatentCache:
         call = self._state.call
         assert call is not None
         past = self._cache.get_query_offset(layer_idx)
+        if self._state.unrotates_keys:
+            self._state.positions.check(self._cache, layer_idx, call.position_ids, past)
         call.past = past.clone() if isinstance(past, Tensor) else past  # static caches count in place
         _, call.first_slot = self._cache.get_mask_sizes(keys.shape[-2], layer_idx)
         return self._cache.update(latents[0], latents[1], layer_idx, *args, **kwargs)
+
+
+class RowPositions:
+    """Refuses positions from which those of cached keys could not be told.
+
+    Each row's positions must be contiguous, through all calls on one cache: its newest position minus its newest
+    slot never changes. What falls below position 0, counted back from the newest token, must be padding.
+    """
+
+    def __init__(self) -> None:
+        self._shifts: WeakKeyDictionary[Cache, Tensor] = WeakKeyDictionary()
+        self._layer_idx: int | None = None
+
+    def check(self, cache: Cache, layer_idx: int, position_ids: Int[Tensor, "#b q"] | None, past: int | Tensor) -> None:
+        """Look at one call of the first layer that asks; the others have the same positions.
+
+        Raises:
+            ConfigError: Positions are absent, have a gap, or do not go on from the cached ones.
+        """
+        if self._layer_idx is None:
+            self._layer_idx = layer_idx
+        if layer_idx != self._layer_idx or torch.compiler.is_compiling():
+            return
+        if position_ids is None:
+            raise ConfigError("keys compressed before the rotation need position_ids")
+        q_len, slots_before = position_ids.shape[-1], int(past)
+        shifts = position_ids[:, -1] - (slots_before + q_len - 1)
+        if not rows_are_contiguous(position_ids):
+            raise ConfigError("position_ids have gaps; keys compressed before the rotation need contiguous positions")
+        known = self._shifts.get(cache)
+        if slots_before == 0 or known is None:
+            self._shifts[cache] = shifts
+        elif not torch.isin(shifts, known).all():
+            raise ConfigError(
+                "position_ids do not go on from those of the cached tokens; keys compressed before the rotation need "
+                "contiguous positions (pad on the left)"
+            )
+
+
+def rows_are_contiguous(position_ids: Int[Tensor, "#b q"]) -> bool:
+    """Whether each row counts up by one to its last position, after constant padding if it has any."""
+    steps = torch.arange(position_ids.shape[-1] - 1, -1, -1, device=position_ids.device)
+    expected = position_ids[:, -1:] - steps
+    padding = (expected < 0) & (position_ids == position_ids[:, :1])
+    return bool(((position_ids == expected) | padding).all())
 
 
 def project_down(states: Float[Tensor, "b g q d"], factors: Factors | None) -> Float[Tensor, "b _ q _"]:
@@ -99,14 +149,15 @@ def project_down(states: Float[Tensor, "b g q d"], factors: Factors | None) -> F
     return (joint @ factors.down.T).unsqueeze(1)
 
 
-def rebuild(latents: Float[Tensor, "b _ s _"], factors: Factors | None, num_kv_heads: int) -> Float[Tensor, "b g s d"]:
+def rebuild(latents: Float[Tensor, "b _ s _"], state: LayerState, kind: Kind) -> Float[Tensor, "b g s d"]:
     """(B, 1, S, K) latents to (B, G, S, D) states; unchanged without factors."""
+    factors, offset = state.factors[kind], state.offsets[kind]
     if factors is None:
         return latents
     joint = latents.squeeze(1) @ factors.up.T
-    if factors.offset is not None:
-        joint = joint + factors.offset
-    return joint.unflatten(-1, (num_kv_heads, -1)).transpose(1, 2)
+    if offset is not None:
+        joint = joint + offset
+    return joint.unflatten(-1, (state.num_kv_heads, -1)).transpose(1, 2)
 
 
 def rotate(states: Float[Tensor, "b h s d"], rotation: Rotation) -> Float[Tensor, "b h s d"]:
@@ -123,10 +174,11 @@ def key_rotation(state: LayerState, call: Call, keys: Float[Tensor, "b g s d"], 
     padding, beams, static and sliding caches and needs no storage.
     """
     kv_len = keys.shape[-2]
-    if kv_len == q_len or call.position_ids is None:
+    if kv_len == q_len:
         assert call.rotation is not None
         return call.rotation
     assert state.rotary is not None
+    assert call.position_ids is not None
     slots = torch.arange(kv_len, device=keys.device) + call.first_slot
     newest = call.position_ids[:, -1:].to(keys.device)
     cos, sin = state.rotary(keys, newest - (call.past + q_len - 1 - slots))
@@ -149,8 +201,8 @@ def latent_attention(
         return attend(module, query, key, value, attention_mask, **kwargs)
     call, state.call = state.call, None
     assert call is not None
-    key = rebuild(key, state.factors["keys"], state.num_kv_heads)
-    value = rebuild(value, state.factors["values"], state.num_kv_heads)
+    key = rebuild(key, state, "keys")
+    value = rebuild(value, state, "values")
     if call.rotation is not None:
         key = rotate(key, key_rotation(state, call, key, query.shape[-2]))
         query = rotate(query, call.rotation)
@@ -173,25 +225,9 @@ def enter_attention(
     if rotation is not None:
         cos, _ = rotation
         kwargs["position_embeddings"] = (torch.ones_like(cos[:1, :1]), torch.zeros_like(cos[:1, :1]))
-        check_contiguous(position_ids)
     state.call = Call(rotation, position_ids)
     kwargs["past_key_values"] = LatentCache(kwargs.get("past_key_values"), state)
     return args, kwargs
-
-
-def check_contiguous(position_ids: Int[Tensor, "#b q"] | None) -> None:
-    """Refuse positions with gaps, from which the positions of cached keys could not be told.
-
-    Counted back from the newest token, what falls below position 0 is padding and may hold anything.
-
-    Raises:
-        ConfigError: A row has a gap.
-    """
-    if position_ids is None or position_ids.shape[-1] == 1 or torch.compiler.is_compiling():
-        return
-    expected = position_ids[:, -1:] - torch.arange(position_ids.shape[-1] - 1, -1, -1, device=position_ids.device)
-    if ((position_ids != expected) & (expected >= 0)).any():
-        raise ConfigError("position_ids have gaps; a variant with keys compressed before the rotation needs none")
 
 
 class Attachment:
@@ -203,6 +239,7 @@ class Attachment:
         self._underlying = model.config._attn_implementation
         self._handles: list[RemovableHandle] = []
         self._modules: list[nn.Module] = []
+        self._positions = RowPositions()
 
     def detach(self) -> None:
         """Restore the model bit for bit. Doing so twice is harmless."""
@@ -228,17 +265,24 @@ class Attachment:
         dtype, device = next(module.parameters()).dtype, execution_device(module)
         placed = {kind: place(found, device, dtype) if found else None for kind, found in factors.items()}
         rotary = base.get_submodule("rotary_emb") if self.variant.architecture.rotary else None
-        state = LayerState(placed, rotary, self.variant.architecture.num_kv_heads)
+        offsets = {kind: found.offset() if found else None for kind, found in placed.items()}
+        heads = self.variant.architecture.num_kv_heads
+        state = LayerState(placed, offsets, rotary, heads, self._positions)
         setattr(module, STATE_ATTRIBUTE, state)
         self._modules.append(module)
         self._handles.append(module.register_forward_pre_hook(partial(enter_attention, state), with_kwargs=True))
 
     def start(self) -> None:
-        use_latent_attention(self.model, self._underlying)
+        """Hook the layers; a failure leaves the model as it was."""
         self.model.__dict__[ATTACHMENT_ATTRIBUTE] = self
-        for layer_idx, factors in enumerate(self.variant.factors):
-            if any(factors.values()):
-                self._hook(layer_idx, factors)
+        try:
+            use_latent_attention(self.model, self._underlying)
+            for layer_idx, factors in enumerate(self.variant.factors):
+                if any(factors.values()):
+                    self._hook(layer_idx, factors)
+        except BaseException:
+            self.detach()
+            raise
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -253,8 +297,8 @@ def execution_device(module: nn.Module) -> torch.device:
 def place(factors: Factors, device: torch.device, dtype: torch.dtype) -> Factors:
     """The factors where and as they are used; `down` stays a view of `up`."""
     up = factors.up.to(device, dtype)
-    offset = None if factors.offset is None else factors.offset.to(device, dtype)
-    return Factors(up=up, down=up.T, offset=offset)
+    mean = None if factors.mean is None else factors.mean.to(device)
+    return Factors(up=up, down=up.T, mean=mean)
 
 
 def use_latent_attention(model: PreTrainedModel, underlying: str) -> None:
@@ -298,7 +342,7 @@ def load(variant_dir: Path | str, *, base: Path | str | None = None, **from_pret
 
     Args:
         variant_dir: A variant's directory.
-        base: Where the base model is now, if not where it was when the variant was made.
+        base: Directory of the base model now, if not where it was when the variant was made.
         from_pretrained_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
 
     Returns:
@@ -306,17 +350,15 @@ def load(variant_dir: Path | str, *, base: Path | str | None = None, **from_pret
 
     Raises:
         ArtifactError: The variant is unfinished, altered or of another schema, or the base is another model.
-        ConfigError: The variant does not know where its base is, and `base` is absent.
+        ConfigError: The variant does not know where its base is, or it is not there, and `base` is absent.
     """
     variant = load_variant(variant_dir)
-    source = str(base) if base is not None else variant.base.source
+    source = str(Path(base).resolve()) if base is not None else variant.base.source
     if not source:
         raise ConfigError(f"{variant_dir}: made from a model in memory, so name its base model with base=")
-    if Path(source).is_dir():
-        check_base(Path(source), variant)
-    elif base is None and variant.base.revision is not None:
-        from_pretrained_kwargs.setdefault("revision", variant.base.revision)
-    model = AutoModelForCausalLM.from_pretrained(source, **from_pretrained_kwargs)
+    directory = model_directory(source, None if base is not None else variant.base.revision)
+    check_base(directory, variant)
+    model = AutoModelForCausalLM.from_pretrained(directory, **from_pretrained_kwargs)
     attach(model, variant)
     return model
 

@@ -81,13 +81,15 @@ class Uniform:
             ConfigError: The target is out of reach; the message gives the range.
         """
         width = spectra[0].kv_width
+        check_at_most(width, rank_multiple=self.rank_multiple)
         skipped = checked_skips(self.skip_layers, len(spectra))
 
         def ranks_at(share: float) -> list[int]:
             rank = round_rank(share * width, width, self.rank_multiple)
             return [width if layer_idx in skipped else rank for layer_idx in range(len(spectra))]
 
-        return fit(ranks_at, width, kept_fraction, self.rank_multiple, self.name)
+        ranks, _ = fit(ranks_at, width, kept_fraction, self.name)
+        return RankSchedule(tuple(LayerRanks(rank, rank) for rank in ranks), width)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Progressive:
 
     Attributes:
         rank_multiple: Ranks are multiples of this, or the full width.
-        min_rank: Least rank of any layer.
+        min_rank: Least rank of any layer, rounded up to a multiple.
         skip_layers: Layers left uncompressed.
         skip_above_log10_condition: Layers whose cumulative log10 condition number is above are left uncompressed.
 
@@ -127,8 +129,8 @@ class Progressive:
             NumericsError: A condition number is infinite; the message names the layer.
         """
         width = spectra[0].kv_width
-        if self.min_rank > width:
-            raise ConfigError(f"progressive: min_rank must be in 1..{width}, got {self.min_rank}")
+        check_at_most(width, rank_multiple=self.rank_multiple, min_rank=self.min_rank)
+        least = min(width, self.rank_multiple * math.ceil(self.min_rank / self.rank_multiple))
         cumulative = cumulative_log10_condition(spectra)
         skipped = checked_skips(self.skip_layers, len(spectra))
         if self.skip_above_log10_condition is not None:
@@ -137,21 +139,19 @@ class Progressive:
 
         def limits(share: float) -> tuple[float, float]:
             """(d_max, d_min): the lower half of the shares lowers d_max, the upper half raises d_min."""
-            room = width - self.min_rank
-            return self.min_rank + room * min(2 * share, 1.0), self.min_rank + room * max(2 * share - 1, 0.0)
+            room = width - least
+            return least + room * min(2 * share, 1.0), least + room * max(2 * share - 1, 0.0)
 
         def ranks_at(share: float) -> list[int]:
             d_max, d_min = limits(share)
-            ramp = [
-                round_rank(d_max * (1 - depth * (1 - d_min / d_max)), width, self.rank_multiple) for depth in depths
-            ]
-            return [width if layer_idx in skipped else max(rank, self.min_rank) for layer_idx, rank in enumerate(ramp)]
+            ramp = [d_max * (1 - depth * (1 - d_min / d_max)) for depth in depths]
+            ranks = [max(round_rank(rank, width, self.rank_multiple), least) for rank in ramp]
+            return [width if layer_idx in skipped else rank for layer_idx, rank in enumerate(ranks)]
 
-        schedule = fit(ranks_at, width, kept_fraction, self.rank_multiple, self.name)
-        top = max((layer.keys for i, layer in enumerate(schedule.layers) if i not in skipped), default=width)
-        needs_lower_top = fit_total(ranks_at(0.5)) > schedule.floats_per_token
-        note = f"d_max lowered to {top}" if needs_lower_top else ""
-        return RankSchedule(schedule.layers, width, note)
+        ranks, share = fit(ranks_at, width, kept_fraction, self.name)
+        d_max, _ = limits(share)
+        note = f"d_max lowered to {d_max:.0f}" if round(d_max) < width else ""
+        return RankSchedule(tuple(LayerRanks(rank, rank) for rank in ranks), width, note)
 
 
 Schedule = Uniform | Progressive
@@ -201,6 +201,12 @@ def check_positive(**fields: int) -> None:
             raise ConfigError(f"{name} must be at least 1, got {value}")
 
 
+def check_at_most(width: int, **fields: int) -> None:
+    for name, value in fields.items():
+        if value > width:
+            raise ConfigError(f"{name} must be in 1..{width}, the width of this model's keys, got {value}")
+
+
 def checked_skips(skip_layers: Sequence[int], num_layers: int) -> set[int]:
     for layer_idx in skip_layers:
         if not 0 <= layer_idx < num_layers:
@@ -208,26 +214,28 @@ def checked_skips(skip_layers: Sequence[int], num_layers: int) -> set[int]:
     return set(skip_layers)
 
 
-def fit_total(ranks: Sequence[int]) -> int:
-    """Floats per token when keys and values share the given ranks."""
-    return 2 * sum(ranks)
-
-
-def fit(
-    ranks_at: Callable[[float], list[int]], width: int, kept_fraction: float, rank_multiple: int, name: str
-) -> RankSchedule:
-    """The member of a family of ranks, growing with a share in [0, 1], that is nearest to the target."""
+def check_kept_fraction(kept_fraction: float) -> None:
+    """Raise ConfigError unless the share is in (0, 1]."""
     if not 0 < kept_fraction <= 1:
-        raise ConfigError(f"{name}: kept_fraction must be in (0, 1], got {kept_fraction}")
-    full = 2 * width * len(ranks_at(1.0))
-    low, high = 0.0, 1.0
-    for _ in range(60):  # past float64's resolution of the share
-        middle = (low + high) / 2
-        low, high = (middle, high) if fit_total(ranks_at(middle)) < kept_fraction * full else (low, middle)
-    ranks = min(ranks_at(low), ranks_at(high), key=lambda found: abs(fit_total(found) - kept_fraction * full))
-    if abs(fit_total(ranks) / full - kept_fraction) > max(KEPT_FRACTION_TOLERANCE, rank_multiple / width):
-        least, most = fit_total(ranks_at(0.0)) / full, fit_total(ranks_at(1.0)) / full
+        raise ConfigError(f"kept_fraction must be in (0, 1], got {kept_fraction}")
+
+
+def fit(ranks_at: Callable[[float], list[int]], width: int, kept_fraction: float, name: str) -> tuple[list[int], float]:
+    """The member of a family of ranks, growing with a share in [0, 1], that is nearest to the target; and its share."""
+    check_kept_fraction(kept_fraction)
+
+    def kept_at(share: float) -> float:
+        ranks = ranks_at(share)
+        return sum(ranks) / (width * len(ranks))
+
+    least, most = kept_at(0.0), kept_at(1.0)
+    if not least - KEPT_FRACTION_TOLERANCE <= kept_fraction <= most + KEPT_FRACTION_TOLERANCE:
         raise ConfigError(
             f"{name}: kept_fraction {kept_fraction} cannot be reached; reachable is {least:.3f}..{most:.3f}"
         )
-    return RankSchedule(tuple(LayerRanks(rank, rank) for rank in ranks), width)
+    low, high = 0.0, 1.0
+    for _ in range(60):  # past float64's resolution of the share
+        middle = (low + high) / 2
+        low, high = (middle, high) if kept_at(middle) < kept_fraction else (low, middle)
+    share = min(low, high, key=lambda found: abs(kept_at(found) - kept_fraction))
+    return ranks_at(share), share

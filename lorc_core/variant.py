@@ -6,6 +6,7 @@ other file, written last). Nothing is pickled.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lorc_core.architecture import KINDS, Architecture, Kind
 from lorc_core.errors import ArtifactError
+from lorc_core.methods import METHODS
 from lorc_core.projection import Factors
 from lorc_core.schedule import RankSchedule
 
@@ -82,8 +84,8 @@ class Variant:
             for kind, factors in layer.items():
                 if factors is not None:
                     tensors[f"layers.{layer_idx}.{kind}.up"] = factors.up.contiguous()
-                    if factors.offset is not None:
-                        tensors[f"layers.{layer_idx}.{kind}.offset"] = factors.offset
+                    if factors.mean is not None:
+                        tensors[f"layers.{layer_idx}.{kind}.mean"] = factors.mean
         return tensors
 
     def _config(self) -> dict[str, Any]:
@@ -106,11 +108,11 @@ def load_variant(directory: Path | str) -> Variant:
         ArtifactError: No variant is there, a file was altered, or the schema is another.
     """
     directory = Path(directory)
-    check_manifest(directory)
+    check_manifest(directory, required=(CONFIG_FILE, FACTORS_FILE))
     config = json.loads((directory / CONFIG_FILE).read_text())
-    if config["schema_version"] != SCHEMA_VERSION:
+    if (schema := config.get("schema_version")) != SCHEMA_VERSION:
         raise ArtifactError(
-            f"{directory}: variant schema {config['schema_version']}, this lorc reads {SCHEMA_VERSION}; compress again"
+            f"{directory}: variant schema {schema}, this lorc reads {SCHEMA_VERSION}; compress the model again"
         )
     ranks = RankSchedule.from_dict(config["ranks"])
     tensors = load_file(directory / FACTORS_FILE)
@@ -121,32 +123,47 @@ def load_variant(directory: Path | str) -> Variant:
         schedule=config["schedule"],
         ranks=ranks,
         factors=tuple(
-            {kind: read_factors(tensors, f"layers.{layer_idx}.{kind}") for kind in KINDS}
+            {kind: read_factors(directory, tensors, ranks, layer_idx, kind) for kind in KINDS}
             for layer_idx in range(len(ranks.layers))
         ),
     )
 
 
-def read_factors(tensors: dict[str, torch.Tensor], prefix: str) -> Factors | None:
-    """`down` is not stored: it is the transpose of the orthonormal `up`."""
-    up = tensors.get(f"{prefix}.up")
-    return None if up is None else Factors(up=up, down=up.T, offset=tensors.get(f"{prefix}.offset"))
+def read_factors(
+    directory: Path, tensors: dict[str, torch.Tensor], ranks: RankSchedule, layer_idx: int, kind: Kind
+) -> Factors | None:
+    """The factors that the schedule asks for; `down` is not stored, it is the transpose of the orthonormal `up`."""
+    rank, name = getattr(ranks.layers[layer_idx], kind), f"layers.{layer_idx}.{kind}.up"
+    if rank == ranks.kv_width:
+        return None
+    up = tensors.get(name)
+    if up is None or tuple(up.shape) != (ranks.kv_width, rank):
+        found = "absent" if up is None else f"{tuple(up.shape)}"
+        raise ArtifactError(f"{directory / FACTORS_FILE}: {name} must be ({ranks.kv_width}, {rank}), it is {found}")
+    return Factors(up=up, down=up.T, mean=tensors.get(f"layers.{layer_idx}.{kind}.mean"))
 
 
 def write_manifest(directory: Path) -> None:
     """Record the sha256 of every file of `directory`; until then the directory counts as unfinished."""
-    hashes = {path.name: file_sha256(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST_FILE}
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST_FILE)
+    hashes = {path.name: file_sha256(path) for path in files}
     partial = directory / f"{MANIFEST_FILE}.partial"
     partial.write_text(json.dumps(hashes, indent=2) + "\n")
     partial.rename(directory / MANIFEST_FILE)
 
 
-def check_manifest(directory: Path) -> None:
-    """Raise ArtifactError unless the directory is finished and every file is as it was written."""
+def check_manifest(directory: Path, required: Sequence[str] = ()) -> None:
+    """Raise ArtifactError unless the directory is finished and every file, the required ones too, is as written."""
     manifest = directory / MANIFEST_FILE
     if not manifest.is_file():
         raise ArtifactError(f"{directory}: no {MANIFEST_FILE}, so there is no finished artifact in it")
-    for name, sha256 in json.loads(manifest.read_text()).items():
+    try:
+        hashes = dict(json.loads(manifest.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{manifest}: cannot be read ({error})") from error
+    if unlisted := [name for name in required if name not in hashes]:
+        raise ArtifactError(f"{manifest}: does not list {unlisted[0]}")
+    for name, sha256 in hashes.items():
         path = directory / name
         if not path.is_file():
             raise ArtifactError(f"{path}: listed in {MANIFEST_FILE} but absent")
@@ -170,7 +187,8 @@ def model_card(variant: Variant) -> str:
 
 Keeps {variant.kept_fraction:.4f} of the cached floats: {floats:,} of {full:,} per token
 ({floats * 2:,} bytes per token at 16 bit instead of {full * 2:,}).
-Method `{variant.method}`, schedule `{variant.schedule["name"]}`{note}, of {ranks.kv_width} floats per kind and layer:
+Method `{variant.method}` ({METHODS[variant.method].source}),
+schedule `{variant.schedule["name"]}`{note}, of {ranks.kv_width} floats per kind and layer:
 
 | layer | key rank | value rank |
 |---|---|---|

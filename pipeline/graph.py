@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lorc_core.errors import ConfigError
 from pipeline.models import ResolvedModel
 from pipeline.steps import Need, Step, Store
 from pipeline.texts import text_identity, tokenizer_identity
@@ -21,8 +22,6 @@ class VariantSteps:
     """The steps of one variant of one model."""
 
     label: str
-    entry: VariantEntry
-    kept_fraction: float
     schedule: Step
     variant: Step
     evaluate: Step
@@ -41,7 +40,16 @@ class ModelSteps:
 
 
 def model_steps(zoo: Zoo, model: ResolvedModel, store: Store, tracking_uri: str) -> ModelSteps:
-    """All steps for one model of a zoo."""
+    """All steps for one model of a zoo.
+
+    Raises:
+        ConfigError: The evaluation windows are longer than the model's positions.
+        ArtifactError: The model has no tokenizer.
+    """
+    if zoo.evaluation.window_tokens > model.max_tokens:
+        raise ConfigError(
+            f"evaluation.window_tokens is {zoo.evaluation.window_tokens}, the model takes at most {model.max_tokens}"
+        )
     decompositions = {
         method: tuple(decompose_step(model, method, layer_idx) for layer_idx in range(model.architecture.num_layers))
         for method in dict.fromkeys(entry.method for entry in zoo.variants)
@@ -56,7 +64,7 @@ def model_steps(zoo: Zoo, model: ResolvedModel, store: Store, tracking_uri: str)
             evaluated = evaluate_step(zoo, model, windows, written)
             label = variant_label(entry, kept_fraction)
             registered = register_step(zoo, model, label, (written, baseline, evaluated, windows), tracking_uri, store)
-            variants.append(VariantSteps(label, entry, kept_fraction, scheduled, written, evaluated, registered))
+            variants.append(VariantSteps(label, scheduled, written, evaluated, registered))
     return ModelSteps(
         model, tuple(step for steps in decompositions.values() for step in steps), windows, baseline, tuple(variants)
     )
@@ -111,7 +119,7 @@ def windows_steps(zoo: Zoo, model: ResolvedModel, store: Store) -> tuple[Step, .
             model=model.entry.name,
             recipe={
                 "text": text_identity(text),
-                "tokenizer": tokenizer_identity(model.directory),
+                "tokenizer": tokenizer_identity(model.directory, model.architecture.model_type),
                 "window_tokens": evaluation.window_tokens,
                 "num_windows": evaluation.num_windows,
                 "seed": evaluation.seed,

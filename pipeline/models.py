@@ -3,17 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedConfig
 
 from lorc_core.architecture import Architecture, architecture_of
-from lorc_core.checkpoint import Checkpoint, read_config
+from lorc_core.checkpoint import Checkpoint, model_directory, read_config
 from lorc_core.errors import ConfigError
 from lorc_core.variant import BaseModel
 from pipeline.zoo import ModelEntry
-
-NEEDED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -24,7 +20,7 @@ class ResolvedModel:
     directory: Path
     base: BaseModel
     architecture: Architecture
-    weight_bytes: int
+    max_tokens: int
 
 
 def resolve(entry: ModelEntry, *, fetch_missing: bool = True) -> ResolvedModel:
@@ -39,35 +35,16 @@ def resolve(entry: ModelEntry, *, fetch_missing: bool = True) -> ResolvedModel:
     """
     directory = model_directory(entry.source, entry.revision, fetch_missing=fetch_missing)
     checkpoint = Checkpoint(directory)
-    architecture = architecture_of(read_config(directory, trust_remote_code=entry.trust_remote_code))
+    config = read_config(directory, trust_remote_code=entry.trust_remote_code)
+    architecture = architecture_of(config)
     fingerprint = checkpoint.fingerprint(architecture.tensor_names())
     return ResolvedModel(
         entry=entry,
         directory=directory,
-        base=BaseModel(source=entry.source, revision=entry.revision, fingerprint=fingerprint),
+        base=BaseModel(entry.source, None if entry.is_directory else directory.name, fingerprint),
         architecture=architecture,
-        weight_bytes=sum(path.stat().st_size for path in checkpoint.headers),
+        max_tokens=config.max_position_embeddings,
     )
-
-
-def model_directory(source: str, revision: str | None, *, fetch_missing: bool = True) -> Path:
-    """A model's files: the directory itself, or the local snapshot of a hub id.
-
-    Raises:
-        ConfigError: The hub has no such model, or it is not on disk and must not be fetched.
-    """
-    if source.startswith("/"):
-        return Path(source)
-    try:
-        snapshot = snapshot_download(
-            source, revision=revision, allow_patterns=list(NEEDED_FILES), local_files_only=not fetch_missing
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"hub model {source} could not be fetched ({str(error).splitlines()[0]}); "
-            f"a local directory is written ./{source}"
-        ) from error
-    return Path(snapshot)
 
 
 def config_for_planning(entry: ModelEntry) -> PreTrainedConfig:

@@ -20,10 +20,10 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.runs_artifact_repo import RunsArtifactRepository
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from lorc_core.errors import ArtifactError, ConfigError
 from lorc_core.variant import load_variant
@@ -36,6 +36,7 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 
 BASELINE_TAG = "lorc.baseline"
 DETAILS_TAG = "lorc.details"
+EVALUATION_TAG = "lorc.evaluation"
 REFUSED_TAG = "lorc.refused"
 CANDIDATE, CHAMPION = "candidate", "champion"
 VARIANT_PATH, EVALUATION_PATH = "model/artifacts/variant", "evaluation"  # in a run's artifact directory
@@ -94,12 +95,14 @@ def register_variant(
         "trust_remote_code": trust_remote_code,
         "resources": resources,
     }
-    run = client.create_run(
-        experiment_id,
-        tags={MLFLOW_PARENT_RUN_ID: parent.info.run_id, MLFLOW_RUN_NAME: label, DETAILS_TAG: json.dumps(details)},
-        run_name=label,
-    )
-    run_id = run.info.run_id
+    tags = {
+        MLFLOW_PARENT_RUN_ID: parent.info.run_id,
+        EVALUATION_TAG: f"{evaluation.name} {label}",
+        DETAILS_TAG: json.dumps(details, sort_keys=True),
+    }
+    if (earlier := registered_before(client, experiment_id, tags)) is not None:
+        return {"name": model_name, "version": str(earlier.version), "run_id": str(earlier.run_id)}
+    run_id = client.create_run(experiment_id, tags=tags, run_name=label).info.run_id
     log_recipe(client, run_id, variant, settings)
     metrics = variant_metrics(baseline, evaluation)
     for name, value in metrics.items():
@@ -107,7 +110,7 @@ def register_variant(
     log_files(client, run_id, variant, evaluation, dict(zip(text_names, windows, strict=True)), trust_remote_code)
     client.set_terminated(run_id)
     version = create_version(client, model_name, run_id, label, metrics)
-    return {"name": model_name, "version": version.version, "run_id": run_id}
+    return {"name": model_name, "version": str(version.version), "run_id": run_id}
 
 
 def find_experiment(client: MlflowClient, name: str, artifact_root: str | None) -> str:
@@ -116,9 +119,23 @@ def find_experiment(client: MlflowClient, name: str, artifact_root: str | None) 
     return found.experiment_id if found else client.create_experiment(name, artifact_location=artifact_root)
 
 
+def registered_before(client: MlflowClient, experiment_id: str, tags: dict[str, str]) -> ModelVersion | None:
+    """The version that an interrupted step made of the same evaluation; runs that came to no version are deleted."""
+    for run in client.search_runs([experiment_id], f"tags.`{EVALUATION_TAG}` = '{tags[EVALUATION_TAG]}'"):
+        if run.data.tags.get(DETAILS_TAG) != tags[DETAILS_TAG]:
+            continue
+        if found := client.search_model_versions(f"run_id='{run.info.run_id}'"):
+            return found[0]
+        client.delete_run(run.info.run_id)
+    return None
+
+
 def parent_run(client: MlflowClient, experiment_id: str, model_name: str, baseline: Path) -> Run:
     """The run that holds the model's baseline, made at its first variant."""
-    query = f"tags.`{BASELINE_TAG}` = '{baseline.name}' and attributes.run_name = '{model_name}'"
+    query = (
+        f"tags.`{BASELINE_TAG}` = '{baseline.name}' and attributes.run_name = '{model_name}' "
+        "and attributes.status = 'FINISHED'"
+    )
     if found := client.search_runs([experiment_id], query, max_results=1):
         return found[0]
     run = client.create_run(experiment_id, tags={BASELINE_TAG: baseline.name}, run_name=model_name)
@@ -210,7 +227,9 @@ def create_version(
 
 
 def choose_candidate(tracking_uri: str, model_name: str, versions: Sequence[str]) -> str:
-    """Point the alias `candidate` at the smallest cache that passes its gates or, if none does, at the least loss.
+    """Point the alias `candidate` at the smallest cache that passes its gates (the least loss among equals).
+
+    If none passes, at the least loss.
 
     Returns:
         The version chosen.
@@ -218,11 +237,14 @@ def choose_candidate(tracking_uri: str, model_name: str, versions: Sequence[str]
     client = connect(tracking_uri)
     found = [read_version(client, client.get_model_version(model_name, version)) for version in versions]
     passing = [one for one in found if not refusals(one)]
+
+    def loss(one: Registered) -> float:
+        return sum(one.metrics[f"loss.{text}"] for text in one.details["texts"])
+
     if passing:
-        chosen = min(passing, key=lambda one: one.metrics["bytes_per_token"])
+        chosen = min(passing, key=lambda one: (one.metrics["bytes_per_token"], loss(one)))
     else:
-        texts = found[0].details["texts"]
-        chosen = min(found, key=lambda one: sum(one.metrics[f"loss.{text}"] for text in texts))
+        chosen = min(found, key=loss)
     client.set_registered_model_alias(model_name, CANDIDATE, chosen.version.version)
     return chosen.version.version
 
@@ -250,21 +272,36 @@ def read_version(client: MlflowClient, version: ModelVersion) -> Registered:
     )
 
 
-def fetch_files(client: MlflowClient, registered: Registered, workdir: Path) -> tuple[Path, Path]:
-    """Copy a version's files from the registry, anew each time, since they may have changed there.
+def fetch_files(client: MlflowClient, registered: Registered, destination: Path) -> tuple[Path, Path]:
+    """Copy a version's files from the registry into a new directory.
 
     Returns:
         The variant's directory, and that of `<text>.npy`, `scores.parquet` and `window_losses.parquet`.
+
+    Raises:
+        ArtifactError: The files are not there.
     """
-    version = registered.version
-    destination = workdir / "registry" / f"{version.name}-{version.version}"
-    shutil.rmtree(destination, ignore_errors=True)
     destination.mkdir(parents=True)
-    variant, evaluation = (
-        Path(client.download_artifacts(registered.run_id, path, str(destination)))
-        for path in (VARIANT_PATH, EVALUATION_PATH)
-    )
+    try:
+        variant, evaluation = (
+            Path(client.download_artifacts(registered.run_id, path, str(destination)))
+            for path in (VARIANT_PATH, EVALUATION_PATH)
+        )
+    except (MlflowException, OSError) as error:
+        version = registered.version
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"{version.name}/{version.version}: its files cannot be fetched: {reason}") from error
     return variant, evaluation
+
+
+def registered_models(client: MlflowClient) -> list[RegisteredModel]:
+    """All of them; the client answers in pages."""
+    page = client.search_registered_models()
+    found = list(page)
+    while page.token:
+        page = client.search_registered_models(page_token=page.token)
+        found += page
+    return found
 
 
 def find_version(client: MlflowClient, reference: str, default_alias: str) -> ModelVersion:
@@ -278,7 +315,7 @@ def find_version(client: MlflowClient, reference: str, default_alias: str) -> Mo
     try:
         model = client.get_registered_model(name)
     except MlflowException as error:
-        known = ", ".join(found.name for found in client.search_registered_models()) or "none"
+        known = ", ".join(found.name for found in registered_models(client)) or "none"
         raise ConfigError(f"no registered model {name!r}; registered are {known}") from error
     try:
         if slash and not at:
@@ -286,12 +323,10 @@ def find_version(client: MlflowClient, reference: str, default_alias: str) -> Mo
         return client.get_model_version_by_alias(name, alias if at else default_alias)
     except MlflowException as error:
         numbers = sorted(int(version.version) for version in client.search_model_versions(f"name='{name}'"))
+        there = f"the versions {name}/{numbers[0]} to {name}/{numbers[-1]}" if numbers else "no version"
         aliases = ", ".join(f"{name}@{alias} (version {version})" for alias, version in model.aliases.items()) or "none"
         wanted = reference if at or slash else f"{name}@{default_alias}"
-        raise ConfigError(
-            f"no version {wanted}; {name} has the versions {name}/{numbers[0]} to {name}/{numbers[-1]} "
-            f"and the aliases {aliases}"
-        ) from error
+        raise ConfigError(f"no version {wanted}; {name} has {there} and the aliases {aliases}") from error
 
 
 def promote(tracking_uri: str, reference: str, alias: str, gates: Gates | None) -> tuple[ModelVersion, list[str]]:
@@ -326,7 +361,7 @@ def champions(client: MlflowClient, names: Sequence[str]) -> list[ModelVersion]:
         return [find_version(client, name, CHAMPION) for name in names]
     found = [
         client.get_model_version_by_alias(model.name, CHAMPION)
-        for model in client.search_registered_models()
+        for model in registered_models(client)
         if CHAMPION in model.aliases
     ]
     if not found:

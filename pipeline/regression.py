@@ -1,17 +1,20 @@
 """Scheduled regression evaluation: score the champions again and compare with what they were registered with."""
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
+from lorc_core.checkpoint import model_directory
 from lorc_core.errors import LorcError
 from lorc_core.variant import load_variant
-from pipeline.models import model_directory
 from pipeline.registry import champions, connect, fetch_files, read_version
 from pipeline.runner import run_steps
 from pipeline.steps import Need, Outcome, Step, Store
@@ -62,20 +65,22 @@ def regress(
     client = connect(tracking_uri)
     store = Store(workdir.resolve())
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    found = champions(client, names)
     steps: dict[str, Step] = {}
     errors: dict[str, str] = {}
-    found = champions(client, names)
-    for version in found:
-        try:
-            steps[version.name] = regress_step(client, version, started_at, store.root)
-        except LorcError as error:
-            errors[version.name] = str(error)
-    on_plan(list(steps.values()))
-    outcomes = {one.model: one for one in run_steps(list(steps.values()), {}, store, address, on_outcome)}
+    with fetched_files(store.root) as directory:
+        for version in found:
+            try:
+                steps[label(version)] = regress_step(client, version, started_at, directory / str(len(steps)))
+            except LorcError as error:
+                errors[label(version)] = str(error)
+        on_plan(list(steps.values()))
+        outcomes = run_steps(list(steps.values()), {}, store, address, on_outcome) if steps else []
+    errors |= {outcome.model: outcome.error for outcome in outcomes if outcome.error is not None}
     verdicts = []
     for version in found:
-        reason = errors.get(version.name) or outcomes[version.name].error
-        rows = () if reason else tuple(read_rows(store.path(steps[version.name]), "regressions"))
+        reason = errors.get(label(version))
+        rows = () if reason else tuple(read_rows(store.path(steps[label(version)]), "regressions"))
         verdicts.append(Verdict(version, rows, reason))
         client.set_model_version_tag(
             version.name, version.version, VERDICT_TAG, f"{verdicts[-1].summary} at {started_at}"
@@ -86,20 +91,34 @@ def regress(
     return verdicts
 
 
-def regress_step(client: MlflowClient, version: ModelVersion, started_at: str, workdir: Path) -> Step:
+def label(version: ModelVersion) -> str:
+    return f"{version.name}/{version.version}"
+
+
+@contextmanager
+def fetched_files(root: Path) -> Iterator[Path]:
+    """A directory on the work directory's storage, which all nodes share, for files from the registry."""
+    directory = root / f"registry-{uuid4().hex}"
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def regress_step(client: MlflowClient, version: ModelVersion, started_at: str, directory: Path) -> Step:
     """The step that scores one champion again; its recipe holds the time, so it is never taken from the store.
 
     Raises:
         ArtifactError: The registered variant was altered, or its base is gone.
     """
     registered = read_version(client, version)
-    variant_dir, evaluation_dir = fetch_files(client, registered, workdir)
+    variant_dir, evaluation_dir = fetch_files(client, registered, directory)
     base = load_variant(variant_dir).base
     details = registered.details
     resources = Resources.model_validate(details["resources"])
     return Step(
         name="regress",
-        model=version.name,
+        model=label(version),
         recipe={
             "name": version.name,
             "version": str(version.version),

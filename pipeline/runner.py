@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import secrets
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
+from lorc_core.errors import ConfigError
 from pipeline.steps import Call, Need, Outcome, Step, Store, call_of
 
 LOST_WORKER_RETRIES = 2
@@ -34,15 +36,20 @@ class Batch:
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[None]:
-    """Connect to the Ray cluster at `address` or $RAY_ADDRESS, or start one in this process.
+    """Connect to the Ray cluster at `address` or $RAY_ADDRESS, or start one for this process alone.
 
     Ray's telemetry is off, and a cluster started here asks for a token that no one else has.
+
+    Raises:
+        ConfigError: There is no cluster at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is None and "RAY_ADDRESS" not in os.environ:
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
         # Ray asks for a token by itself and would write one to ~/.ray that later clusters trip over. Setting
         # RAY_AUTH_MODE here is too late: Ray has read it by now.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    check_reachable(address)
     ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
@@ -50,11 +57,25 @@ def cluster(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def check_reachable(address: str) -> None:
+    """Raise ConfigError where nothing listens; Ray itself would try for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray cluster at {address}: {error}") from error
+
+
 @ray.remote(max_retries=LOST_WORKER_RETRIES, num_returns="streaming")
 def remote_calls(calls: Sequence[Call], store: Store, num_threads: int) -> Iterator[Outcome]:
+    import torch
+
     from pipeline.tasks import run_calls  # torch and transformers; the driver needs neither
 
-    yield from run_calls(calls, store, num_threads)
+    torch.set_num_threads(num_threads)  # a reused worker keeps its first thread count otherwise
+    yield from run_calls(calls, store)
 
 
 def run_steps(
@@ -126,7 +147,7 @@ def start(
     if batch.need is None:
         from pipeline.tasks import run_calls
 
-        for outcome in run_calls([call_of(step, store) for step in runnable], store, num_threads=1):
+        for outcome in run_calls([call_of(step, store) for step in runnable], store):
             record(outcome)
     elif lack := what_lacks(batch.need):
         fail(runnable, lack, record)

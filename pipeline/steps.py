@@ -104,9 +104,9 @@ class Store:
         try:
             yield scratch
             write_manifest(scratch)
-            if path.exists():  # another worker was faster, or an earlier artifact lost its manifest
-                shutil.rmtree(path)
-            scratch.rename(path)
+            if not (path / MANIFEST_FILE).is_file():  # else another worker was faster: what is finished stays
+                shutil.rmtree(path, ignore_errors=True)
+                scratch.rename(path)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 

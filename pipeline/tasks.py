@@ -25,7 +25,7 @@ from lorc_core.memory import factor_floats
 from lorc_core.projection import Decomposition
 from lorc_core.runtime import attach, check_base
 from lorc_core.schedule import LayerSpectrum, RankSchedule, known_schedule
-from lorc_core.variant import BaseModel, Variant, load_variant
+from lorc_core.variant import MANIFEST_FILE, BaseModel, Variant, load_variant
 from pipeline.evaluation import DTYPES, loaded_model, window_losses
 from pipeline.gates import fell, losses_of, paired_rise, standard_error
 from pipeline.steps import Call, Outcome, Store
@@ -237,12 +237,11 @@ TASKS: dict[str, Callable[..., None]] = {
 }
 
 
-def run_calls(calls: Sequence[Call], store: Store, num_threads: int) -> Iterator[Outcome]:
+def run_calls(calls: Sequence[Call], store: Store) -> Iterator[Outcome]:
     """Run calls of one kind in turn, yielding each outcome as it comes; evaluations share one loaded model.
 
     A LorcError is an outcome. Any other exception is a bug or a broken machine, and rises.
     """
-    torch.set_num_threads(num_threads)  # a reused Ray worker keeps its first thread count otherwise
     try:
         with shared_arguments(calls[0]) as shared:
             for call in calls:
@@ -265,6 +264,8 @@ def shared_arguments(call: Call) -> Iterator[dict[str, Any]]:
 
 def run_call(call: Call, store: Store, shared: dict[str, Any]) -> Outcome:
     started = time.perf_counter()
+    if (call.output / MANIFEST_FILE).is_file():  # by an earlier attempt whose worker was lost
+        return Outcome(call.key, call.name, call.model, "ran", None, 0.0)
     try:
         with store.writing(call.output) as scratch:
             TASKS[call.name](scratch, **call.kwargs, **shared)

@@ -7,11 +7,19 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
-from lorc_core.errors import ConfigError
+from lorc_core.errors import ArtifactError, ConfigError
 from lorc_core.variant import file_sha256
 from pipeline.zoo import TEXT_FORMATS, TextEntry
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "tekken*",
+)
 
 
 def text_identity(text: TextEntry) -> dict[str, str | None]:
@@ -27,12 +35,18 @@ def text_identity(text: TextEntry) -> dict[str, str | None]:
     }
 
 
-def tokenizer_identity(model_dir: Path) -> str:
-    """Hash of the files that decide how a model's tokenizer cuts a text."""
-    digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        if (model_dir / name).is_file():
-            digest.update(f"{name} {file_sha256(model_dir / name)} ".encode())
+def tokenizer_identity(model_dir: Path, model_type: str) -> str:
+    """Hash of all that decides how a model's tokenizer cuts a text.
+
+    Raises:
+        ArtifactError: There are no tokenizer files; transformers would make an empty tokenizer for some types.
+    """
+    files = sorted({path for pattern in TOKENIZER_FILES for path in model_dir.glob(pattern)})
+    if not any(path.name != "special_tokens_map.json" for path in files):
+        raise ArtifactError(f"{model_dir}: no tokenizer files; an evaluation needs the model's tokenizer")
+    digest = hashlib.sha256(model_type.encode())
+    for path in files:
+        digest.update(f"{path.name} {file_sha256(path)} ".encode())
     return digest.hexdigest()
 
 
@@ -43,19 +57,32 @@ def load_rows(text: TextEntry, cache_dir: Path) -> list[str]:
         ConfigError: The data set has no such column; the message names those it has.
     """
     from datasets import disable_progress_bars, load_dataset  # imported where used: it takes a second
+    from datasets.exceptions import DatasetsError
 
     disable_progress_bars()
-    if text.file is not None:
-        builder = TEXT_FORMATS[text.file.suffix]
-        options = {"sample_by": "document"} if builder == "text" else {}
-        data = load_dataset(builder, data_files=str(text.file), split="train", cache_dir=str(cache_dir), **options)
-    else:
-        data = load_dataset(
-            text.source, text.config, split=text.split, revision=text.revision, cache_dir=str(cache_dir)
-        )
+    try:
+        if text.file is not None:
+            builder = TEXT_FORMATS[text.file.suffix]
+            options = {"sample_by": "document"} if builder == "text" else {}
+            data = load_dataset(builder, data_files=str(text.file), split="train", cache_dir=str(cache_dir), **options)
+        else:
+            data = load_dataset(
+                text.source, text.config, split=text.split, revision=text.revision, cache_dir=str(cache_dir)
+            )
+    except (DatasetsError, OSError, ValueError, RuntimeError, StopIteration) as error:  # StopIteration: an empty file
+        raise ConfigError(f"text {text.name}: cannot be read from {text.source}: {one_line(error)}") from error
     if text.column not in data.column_names:
         raise ConfigError(f"text {text.name}: no column {text.column!r}; it has {', '.join(data.column_names)}")
-    return list(data[text.column])
+    rows = list(data[text.column])
+    if not all(isinstance(row, str) for row in rows):
+        raise ConfigError(f"text {text.name}: column {text.column!r} holds something that is not text")
+    return rows
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error or, where it only wraps another, of that one."""
+    cause = error.__cause__ or error
+    return (str(cause).splitlines() or [type(cause).__name__])[0]
 
 
 def token_stream(rows: list[str], tokenizer: PreTrainedTokenizerBase) -> Int[np.ndarray, " tokens"]:
@@ -87,4 +114,7 @@ def pin_windows(
 def load_tokenizer(model_dir: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{model_dir}: the tokenizer cannot be loaded: {one_line(error)}") from error

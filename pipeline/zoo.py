@@ -23,7 +23,7 @@ from pydantic import (
 
 from lorc_core.errors import ConfigError
 from lorc_core.methods import known_method
-from lorc_core.schedule import Progressive, Schedule, Uniform, known_schedule
+from lorc_core.schedule import SCHEDULES, Progressive, Schedule, Uniform, known_schedule
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 KeptFraction = Annotated[float, Field(gt=0, le=1)]
@@ -91,8 +91,12 @@ class ModelEntry(Strict):
 
 
 class VariantEntry(Strict):
-    """One method and schedule at one budget or, with a list, at several."""
+    """One method and schedule at one budget or, with a list, at several.
 
+    `name` is what tables and versions call it; the method's and the schedule's names if absent.
+    """
+
+    name: Name | None = None
     method: str = "lorc"
     schedule: InstanceOf[Uniform] | InstanceOf[Progressive]
     kept_fraction: Annotated[tuple[KeptFraction, ...], Field(min_length=1)]
@@ -106,7 +110,10 @@ class VariantEntry(Strict):
     @classmethod
     def build_schedule(cls, schedule: Any) -> Schedule:
         settings = dict(schedule) if isinstance(schedule, dict) else {"name": schedule}
-        schedule_class = type(known_schedule(settings.pop("name", None)))
+        name = settings.pop("name", None)
+        if not isinstance(name, str):
+            raise ValueError(f"a schedule is a name, or a mapping with a name and fields; known are {known_names()}")
+        schedule_class = type(known_schedule(name))
         allowed = [field.name for field in fields(schedule_class) if field.init]
         if unknown := sorted(set(settings) - set(allowed)):
             raise ValueError(f"unknown field {unknown[0]}; {schedule_class.name} allows {', '.join(allowed)}")
@@ -225,10 +232,14 @@ class Zoo(Strict):
         ):
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{field}: the name {twice[0]!r} is used twice")
-        labels = [f"{v.method} {v.schedule} {kept}" for v in self.variants for kept in v.kept_fraction]
-        if len(labels) != len(set(labels)):
-            raise ValueError("variants: the same method, schedule and kept_fraction stand twice")
+        labels = [variant_label(variant, kept) for variant in self.variants for kept in variant.kept_fraction]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"variants: two are called {twice[0]}; give one of them a name")
         return self
+
+
+def known_names() -> str:
+    return ", ".join(sorted(SCHEDULES))
 
 
 def zoo_folder(info: ValidationInfo) -> Path:
@@ -289,4 +300,4 @@ def nested_model(annotation: Any) -> type[BaseModel] | None:
 
 def variant_label(entry: VariantEntry, kept_fraction: float) -> str:
     """How tables, runs and registered versions call a variant: `lorc-progressive-0.5`."""
-    return f"{entry.method}-{entry.schedule.name}-{kept_fraction:g}"
+    return f"{entry.name or f'{entry.method}-{entry.schedule.name}'}-{kept_fraction:g}"

@@ -85,22 +85,34 @@ def run_zoo(
 
         outcomes += run_steps(left, done, store, zoo.cluster.address, on_outcome)
     run = ZooRun(zoo, store, tuple(models), (*failed, *outcomes))
-    if any(outcome.status == "ran" for outcome in outcomes):
-        if until == "register":
-            choose_candidates(run)
-        write_tables(run)
+    if until == "register":
+        choose_candidates(run)
+    write_tables(run)
     return run
 
 
 def choose_candidates(run: ZooRun) -> None:
-    """Move each model's alias `candidate` to the best of the variants that this zoo file asks for."""
+    """Move each model's alias `candidate` to the best of the variants that this zoo file asks for.
+
+    What was chosen from is noted in the store, so that a run that changes nothing need not ask MLflow.
+    """
+    note = run.store.root / "candidates" / f"{run.zoo.name}.json"
+    choices = {
+        model.model.entry.name: [
+            registration(run.store, one.register) for one in model.variants if run.store.is_done(one.register)
+        ]
+        for model in run.models
+    }
+    if note.is_file() and json.loads(note.read_text()) == choices:
+        return
     from pipeline.registry import choose_candidate
 
-    for model in run.models:
-        registered = [one.register for one in model.variants if run.store.is_done(one.register)]
-        if registered:
-            versions = [registration(run.store, step)["version"] for step in registered]
-            choose_candidate(registered[0].recipe["tracking_uri"], model.model.entry.name, versions)
+    tracking_uri = default_tracking_uri(run.zoo, run.store.root)
+    for name, registrations in choices.items():
+        if registrations:
+            choose_candidate(tracking_uri, name, [one["version"] for one in registrations])
+    note.parent.mkdir(exist_ok=True)
+    note.write_text(json.dumps(choices))
 
 
 def registration(store: Store, step: Step) -> dict[str, str]:
@@ -154,4 +166,5 @@ def write_tables(run: ZooRun) -> None:
         }
         for outcome in run.outcomes
     ]
-    replace_table(table("outcomes"), rows_table("outcomes", rows))
+    if any(outcome.status != "cached" for outcome in run.outcomes):  # else the last run's account stays
+        replace_table(table("outcomes"), rows_table("outcomes", rows))

@@ -60,7 +60,7 @@ def test_fingerprint_moves_with_keys_with_other_tensors_and_with_the_config(llam
     # the last element of W_k, past the sample of every tensor; the first of an MLP weight
     edit_tensor(copied, f"model.{KEY_WEIGHT}", lambda weight: weight[-1, -1].add_(1))
     seen.add(Checkpoint(copied).fingerprint(names))
-    edit_tensor(copied, "model.layers.0.mlp.up_proj.weight", lambda weight: weight[0, 0].add_(1))
+    edit_tensor(copied, "model.embed_tokens.weight", lambda weight: weight[-500:].zero_())
     seen.add(Checkpoint(copied).fingerprint(names))
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
@@ -79,6 +79,46 @@ def test_an_absent_directory_and_an_absent_config_are_told_apart(llama_dir, tmp_
 def test_pickles_are_refused_with_the_way_to_convert(llama_dir):
     (llama_dir / "model.safetensors").rename(llama_dir / "pytorch_model.bin")
     with pytest.raises(ArtifactError, match=r"loading a pickle runs code from the file.*save_pretrained"):
+        lorc_core.compress(llama_dir)
+
+
+def test_sharded_pickles_are_refused_too(llama_dir):
+    (llama_dir / "model.safetensors").unlink()
+    (llama_dir / "pytorch_model.bin.index.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="loading a pickle runs code"):
+        lorc_core.compress(llama_dir)
+
+
+def test_a_single_file_is_read_before_an_index_as_transformers_does(llama_dir, tmp_path):
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "other", max_shard_size="100KB")
+    for file in (tmp_path / "other").glob("model*"):
+        shutil.copy(file, llama_dir)
+    assert torch.equal(
+        Checkpoint(llama_dir).read(KEY_WEIGHT), tiny_model("llama").model.layers[1].self_attn.k_proj.weight
+    )
+
+
+@pytest.mark.parametrize("index", ["{", "{}", '{"weight_map": []}', "[]"])
+def test_a_broken_index_is_an_artifact_error(llama_dir, index):
+    (llama_dir / "model.safetensors").rename(llama_dir / "model-00001-of-00001.safetensors")
+    (llama_dir / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ArtifactError, match="not an index of safetensors shards"):
+        lorc_core.compress(llama_dir)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("num_attention_heads", "four", ArtifactError),
+        ("hidden_size", None, ArtifactError),
+        ("num_attention_heads", 0, ArtifactError),
+        ("num_hidden_layers", 0, ConfigError),
+    ],
+)
+def test_a_config_with_impossible_fields_is_refused(llama_dir, field, value, error):
+    config = json.loads((llama_dir / "config.json").read_text())
+    (llama_dir / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(error):
         lorc_core.compress(llama_dir)
 
 

@@ -98,7 +98,7 @@ def test_a_bias_is_kept_whole_at_every_rank():
     for rank in (1, 5, 12):
         factors = decomposition.factors(rank)
         states = weight @ inputs + bias[:, None]
-        rebuilt = factors.up @ (factors.down @ states) + factors.offset[:, None]
+        rebuilt = factors.up @ (factors.down @ states) + factors.offset()[:, None]
         truncated = (left[:, :rank] * spectrum[:rank]) @ right[:rank]
         torch.testing.assert_close(rebuilt, truncated @ inputs + bias[:, None], rtol=0, atol=1e-11)
 

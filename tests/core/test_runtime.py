@@ -187,13 +187,13 @@ def test_a_wrong_key_position_is_seen(monkeypatch):
 
 
 def test_a_dropped_bias_is_seen():
-    """The control: a variant without its offsets fails the bound."""
+    """The control: a variant without its means fails the bound."""
     model = tiny_model("qwen2")
     variant = lorc_core.compress(model, schedule="uniform")
     expected = one_pass(truncated(model, variant), tokens(model))
     for layer in variant.factors:
         for kind in KINDS:
-            object.__setattr__(layer[kind], "offset", None)
+            object.__setattr__(layer[kind], "mean", None)
     with lorc_core.attach(model, variant):
         difference = one_pass(model, tokens(model)) - expected
     assert difference.abs().max() > 100 * BOUND
@@ -274,15 +274,61 @@ def test_attach_refuses_a_second_variant_and_another_architecture():
         lorc_core.attach(other, variant)
 
 
-def test_positions_with_gaps_are_refused():
+def feed(model, *calls):
+    """Run calls of (ids, position_ids) on one cache."""
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        for ids, positions in calls:
+            model(input_ids=ids, position_ids=torch.tensor(positions), past_key_values=cache)
+
+
+IDS = torch.arange(5, 29)[None]
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        ([(IDS[:, :4], [[0, 2, 4, 6]])], "have gaps"),
+        ([(IDS[:, :6], [[0, 1, 2, 0, 1, 2]])], "have gaps"),
+        ([(IDS[:, :5], [[0, 1, 2, 1, 1]])], "have gaps"),
+        ([(IDS[:, :6], [[0, 1, 2, 3, 4, 5]]), (IDS[:, 6:7], [[16]])], "do not go on"),
+        ([(IDS[:, :6], [[0, 1, 2, 3, 4, 5]]), (IDS[:, 6:9], [[16, 17, 18]])], "do not go on"),
+        ([(IDS[:, :5], [[0, 1, 2, 3, 4]]), (IDS[:, 5:6], [[3]])], "do not go on"),
+    ],
+    ids=["gap", "packed", "right-padded", "jump", "jumping-chunk", "after-right-padding"],
+)
+def test_positions_that_cached_keys_cannot_have_are_refused(calls, message):
     model = tiny_model("llama")
-    ids = tokens(model, columns=4)
-    with lorc_core.attach(model, lorc_core.compress(model)):
-        with pytest.raises(ConfigError, match="position_ids have gaps"):
-            one_pass(model, ids, position_ids=torch.tensor([[0, 2, 4, 6]]).expand(2, -1))
-        one_pass(model, ids, position_ids=torch.tensor([[3, 4, 5, 6]]).expand(2, -1))
-    with lorc_core.attach(tiny_opt := tiny_model("opt"), lorc_core.compress(tiny_opt)):
-        one_pass(tiny_opt, ids, position_ids=torch.tensor([[0, 2, 4, 6]]).expand(2, -1))
+    with lorc_core.attach(model, lorc_core.compress(model)), pytest.raises(ConfigError, match=message):
+        feed(model, *calls)
+    opt = tiny_model("opt")  # nothing is rotated, so nothing can be wrong
+    with lorc_core.attach(opt, lorc_core.compress(opt)):
+        feed(opt, *calls)
+
+
+def test_contiguous_positions_from_anywhere_and_packed_ones_without_a_cache_are_right():
+    model = tiny_model("llama")
+    variant = lorc_core.compress(model, schedule="uniform")
+    reference = truncated(model, variant)
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "use_cache": False}
+    with lorc_core.attach(model, variant):
+        feed(model, (IDS[:, :4], [[3, 4, 5, 6]]), (IDS[:, 4:5], [[7]]))
+        feed(model, (IDS[:, :5], [[1, 1, 0, 1, 2]]), (IDS[:, 5:6], [[3]]))
+        found = one_pass(model, IDS[:, :6], **packed)
+    assert_close(found, one_pass(reference, IDS[:, :6], **packed))
+
+
+def test_a_failed_attach_leaves_the_model_as_it_was(monkeypatch):
+    model = tiny_model("llama")
+    variant = lorc_core.compress(model)
+    baseline = one_pass(model, tokens(model))
+    with monkeypatch.context() as patch:
+        patch.setattr("lorc_core.runtime.place", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
+        with pytest.raises(MemoryError):
+            lorc_core.attach(model, variant)
+    assert torch.equal(one_pass(model, tokens(model)), baseline)
+    with lorc_core.attach(model, variant):
+        pass
 
 
 def test_bfloat16_model_takes_float32_factors():

@@ -70,7 +70,7 @@ def test_schedules_meet_the_target_or_say_what_they_reach(conditions, kept, mult
             found = schedule.ranks(spectra(*conditions, width=width), kept)
         except ConfigError as error:
             least, most = map(float, re.search(r"reachable is ([\d.]+)\.\.([\d.]+)", str(error)).groups())
-            assert not least <= kept <= most
+            assert kept < least - 0.009 or kept > most + 0.009
             continue
         assert abs(found.kept_fraction - kept) <= max(0.01, multiple / width)
         for layer in found.layers:
@@ -101,6 +101,33 @@ def test_a_target_below_the_skipped_layers_names_the_reachable_range():
         Uniform(skip_layers=(0, 1, 2, 3)).ranks(EIGHT, 0.2)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "kept", "reachable"),
+    [
+        (Uniform(rank_multiple=32), 0.02, r"0\.250\.\.1\.000"),
+        (Uniform(skip_layers=(0, 1, 2, 3, 4, 5, 6)), 0.65, r"0\.876\.\.1\.000"),
+        (Progressive(min_rank=64), 0.3, r"0\.500\.\.1\.000"),
+    ],
+)
+def test_a_coarse_rank_step_does_not_widen_the_reach(schedule, kept, reachable):
+    with pytest.raises(ConfigError, match=f"cannot be reached; reachable is {reachable}"):
+        schedule.ranks(EIGHT, kept)
+
+
+def test_min_rank_is_rounded_up_to_the_multiple():
+    found = Progressive(min_rank=12, rank_multiple=8).ranks(EIGHT, 0.4)
+    assert min(layer.keys for layer in found.layers) == 16
+
+
+def test_the_note_gives_the_ramps_upper_end_even_where_that_layer_is_skipped():
+    """The first layer is skipped, so the largest rank of the others is below d_max."""
+    found = Progressive(skip_layers=(0,)).ranks(EIGHT, 0.4)
+    d_max = int(re.search(r"\d+", found.note).group())
+    cumulative = cumulative_log10_condition(EIGHT)
+    share = (cumulative[0] - cumulative[1]) / (cumulative[0] - cumulative[-1])
+    assert found.layers[1].keys == pytest.approx(d_max * (1 - share * (1 - 1 / d_max)), abs=1)
+
+
 @pytest.mark.parametrize("kept", [0.0, -0.5, 1.01, float("nan")])
 def test_kept_fraction_out_of_range_is_refused(kept):
     with pytest.raises(ConfigError, match=r"kept_fraction must be in \(0, 1\]"):
@@ -119,7 +146,9 @@ def test_unknown_names_and_bad_fields_are_refused():
         known_schedule("progresive")
     with pytest.raises(ConfigError, match="rank_multiple must be at least 1, got 0"):
         Uniform(rank_multiple=0)
-    with pytest.raises(ConfigError, match=r"min_rank must be in 1\.\.128, got 200"):
+    with pytest.raises(ConfigError, match=r"min_rank must be in 1\.\.128, the width .*, got 200"):
         Progressive(min_rank=200).ranks(EIGHT, 0.9)
+    with pytest.raises(ConfigError, match=r"rank_multiple must be in 1\.\.128"):
+        Uniform(rank_multiple=200).ranks(EIGHT, 0.5)
     with pytest.raises(ConfigError, match=r"skip_layers: layer 8 does not exist; layers are 0\.\.7"):
         Uniform(skip_layers=(8,)).ranks(EIGHT, 0.9)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lorc_core
@@ -40,10 +41,10 @@ def test_save_and_load_are_bitwise(variant, saved):
                 assert torch.equal(factors.down, after[kind].down)
 
 
-def test_offsets_survive_the_disk(tmp_path):
+def test_means_survive_the_disk(tmp_path):
     variant = lorc_core.compress(DEMO / "stdlib-opt", schedule="uniform")
     variant.save(tmp_path)
-    assert torch.equal(lorc_core.load_variant(tmp_path).factors[0]["keys"].offset, variant.factors[0]["keys"].offset)
+    assert torch.equal(lorc_core.load_variant(tmp_path).factors[0]["keys"].mean, variant.factors[0]["keys"].mean)
 
 
 def test_a_new_process_gives_the_same_logits_bitwise(variant, saved, tmp_path):
@@ -91,6 +92,22 @@ def test_an_absent_file_is_refused(saved):
         lorc_core.load_variant(saved)
 
 
+@pytest.mark.parametrize(("manifest", "message"), [("{}", "does not list lorc_config.json"), ("{", "cannot be read")])
+def test_a_manifest_that_vouches_for_nothing_is_refused(saved, manifest, message):
+    (saved / "manifest.json").write_text(manifest)
+    with pytest.raises(ArtifactError, match=message):
+        lorc_core.load_variant(saved)
+
+
+def test_a_missing_factor_is_refused_not_taken_for_a_full_layer(saved):
+    tensors = load_file(saved / "factors.safetensors")
+    del tensors["layers.1.keys.up"]
+    save_file(tensors, saved / "factors.safetensors")
+    write_manifest(saved)
+    with pytest.raises(ArtifactError, match=r"layers\.1\.keys\.up must be \(128, \d+\), it is absent"):
+        lorc_core.load_variant(saved)
+
+
 def test_another_schema_is_refused(saved):
     config = json.loads((saved / "lorc_config.json").read_text())
     (saved / "lorc_config.json").write_text(json.dumps(config | {"schema_version": 99}))
@@ -105,6 +122,15 @@ def test_another_base_model_is_refused(save_tiny, tmp_path):
     lorc_core.load(tmp_path / "variant", base=base)
     with pytest.raises(ArtifactError, match="not the base model this variant was made for"):
         lorc_core.load(tmp_path / "variant", base=other)
+
+
+def test_a_base_that_is_gone_is_named(save_tiny, tmp_path):
+    base = save_tiny("llama")
+    lorc_core.compress(base).save(tmp_path / "variant")
+    base.rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=f"model directory {base} does not exist"):
+        lorc_core.load(tmp_path / "variant")
+    lorc_core.load(tmp_path / "variant", base=tmp_path / "moved")
 
 
 def test_a_variant_of_a_model_in_memory_asks_for_its_base(save_tiny, tmp_path):

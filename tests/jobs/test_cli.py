@@ -46,7 +46,7 @@ def test_run_again_prints_the_table_and_runs_nothing(finished, lorc):
     zoo_file, workdir, _ = finished
     code, out, _ = lorc("run", zoo_file, "--workdir", workdir)
     assert code == 0
-    assert "0 steps ran, 35 were done before" in out
+    assert "0 steps ran, 36 were done before" in out
     for text in ("small-llama", "tiny-opt", "baseline", "lorc-uniform-0.1", "lorc-progressive-0.75", "B/token"):
         assert text in out
 
@@ -113,8 +113,13 @@ def test_regress_passes_then_sees_a_fall_then_an_altered_file(finished, registry
     assert "factors.safetensors: altered after it was written" in " ".join(out.split())
 
     shutil.rmtree(registered)
+    code, out, _ = lorc("regress", "small-llama", "--workdir", workdir)
+    assert code == 1
+    assert "its files cannot be fetched" in " ".join(out.split())
+
     shutil.copytree(keep, registered)
     assert lorc("regress", "small-llama", "--workdir", workdir)[0] == 0
+    assert not list(workdir.glob("registry-*"))
 
 
 def worse_factors(directory, seed=0):

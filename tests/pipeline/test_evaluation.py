@@ -9,7 +9,7 @@ import lorc_core
 from lorc_core.checkpoint import read_config
 from lorc_core.errors import ArtifactError, ConfigError, NumericsError
 from pipeline.evaluation import device_plan, loaded_model, window_losses
-from pipeline.texts import load_rows, pin_windows, token_stream
+from pipeline.texts import load_rows, pin_windows, token_stream, tokenizer_identity
 from pipeline.zoo import TextEntry
 from tests.conftest import REPOSITORY, tiny_model
 
@@ -59,6 +59,31 @@ def test_parquet_is_read_and_a_missing_column_lists_those_there(tmp_path):
     assert load_rows(TextEntry(name="t", source=source, column="body"), tmp_path / "cache") == ["one", "two"]
     with pytest.raises(ConfigError, match="text t: no column 'text'; it has body"):
         load_rows(TextEntry(name="t", source=source), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("a.jsonl", "", "cannot be read"),
+        ("a.jsonl", "{broken", "cannot be read"),
+        ("a.jsonl", '{"text": null}\n', "holds something that is not text"),
+        ("a.parquet", "no parquet", "cannot be read"),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_named(tmp_path, file, content, message):
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ConfigError, match=f"text t: .*{message}"):
+        load_rows(TextEntry(name="t", source=str(tmp_path / file)), tmp_path / "cache")
+
+
+def test_a_model_without_a_tokenizer_is_refused(save_tiny):
+    directory = save_tiny("opt")
+    before = tokenizer_identity(directory, "opt")
+    assert tokenizer_identity(directory, "llama") != before
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer_config.json").unlink()
+    with pytest.raises(ArtifactError, match="no tokenizer files"):
+        tokenizer_identity(directory, "opt")
 
 
 def test_window_losses_equal_one_uncached_pass_and_bytes_are_those_held():

@@ -66,6 +66,16 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert list(store.steps.iterdir()) == []
 
 
+def test_a_finished_artifact_is_never_replaced(tmp_path):
+    """Two runs on one work directory may do the same step; readers of the first keep their files."""
+    store = Store(tmp_path)
+    for content in ("first", "second"):
+        with store.writing(store.path(step())) as scratch:
+            (scratch / "a.txt").write_text(content)
+    assert (store.path(step()) / "a.txt").read_text() == "first"
+    assert len(list(store.steps.iterdir())) == 1
+
+
 def test_an_artifact_without_its_manifest_is_written_again(tmp_path):
     store = Store(tmp_path)
     for content in ("old", "new"):

@@ -5,7 +5,7 @@ import yaml
 
 from lorc_core.errors import ConfigError
 from lorc_core.schedule import Progressive, Uniform
-from pipeline.zoo import load_zoo
+from pipeline.zoo import load_zoo, variant_label
 from tests.conftest import REPOSITORY, ZOO
 
 
@@ -80,6 +80,7 @@ def set_at(content, path, value):
             {"name": "uniform", "rank_multiple": "x"},
             "rank_multiple: Input should be a val",
         ),
+        (["variants", 0, "schedule"], ["uniform"], "a schedule is a name, or a mapping with a name"),
         (["variants", 0, "kept_fraction"], 0, r"variants\.0\.kept_fraction\.0: input should be greater than 0, got 0"),
         (
             ["variants", 0, "kept_fraction"],
@@ -90,7 +91,7 @@ def set_at(content, path, value):
         (
             ["variants", 0],
             {"schedule": "progressive", "kept_fraction": 0.75},
-            "the same method, schedule and kept_frac",
+            "two are called lorc-progressive-0.75; give one",
         ),
         (
             ["evaluation", "texts", 0, "source"],
@@ -108,6 +109,14 @@ def test_a_wrong_field_is_named_with_what_is_allowed(content, load, tmp_path, pa
     with pytest.raises(ConfigError, match=message) as caught:
         load(content)
     assert str(caught.value).startswith(f"{tmp_path / 'zoo.yaml'}: ")
+
+
+def test_two_variants_of_one_label_need_a_name(content, load):
+    content["variants"].append({"schedule": {"name": "uniform", "rank_multiple": 8}, "kept_fraction": 0.9})
+    with pytest.raises(ConfigError, match=r"two are called lorc-uniform-0\.9; give one of them a name"):
+        load(content)
+    content["variants"][-1]["name"] = "lorc-by-8"
+    assert variant_label(load(content).variants[-1], 0.9) == "lorc-by-8-0.9"
 
 
 def test_every_wrong_field_gets_a_line(content, load):

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lorc_core
+from lorc_core.errors import ConfigError
+from pipeline.registry import connect
 from pipeline.results import results
 from pipeline.runner import what_lacks
 from pipeline.steps import Need
@@ -38,7 +40,7 @@ def test_every_step_ran_once(finished):
         ("decompose", "ran"): 8,  # five layers and three, each shared by three variants
         ("schedule", "ran"): 6,
         ("variant", "ran"): 6,
-        ("windows", "ran"): 1,  # both models have the same tokenizer
+        ("windows", "ran"): 2,
         ("evaluate", "ran"): 8,
         ("register", "ran"): 6,
     }
@@ -98,6 +100,42 @@ def test_a_second_run_runs_nothing(finished):
     assert {status for _, status in statuses(run_zoo(load_zoo(zoo_file), workdir))} == {"cached"}
 
 
+def test_a_lost_candidate_is_chosen_again(finished):
+    """As after a kill between the last step and the choice."""
+    zoo_file, workdir, _ = finished
+    client = connect(f"sqlite:///{workdir / 'mlflow.db'}")
+    chosen = client.get_model_version_by_alias("small-llama", "candidate").version
+    client.delete_registered_model_alias("small-llama", "candidate")
+    (workdir / "candidates" / "tiny.json").unlink()
+    assert {status for _, status in statuses(run_zoo(load_zoo(zoo_file), workdir))} == {"cached"}
+    assert client.get_model_version_by_alias("small-llama", "candidate").version == chosen
+
+
+def test_an_interrupted_registration_is_not_repeated(finished):
+    zoo_file, workdir, run = finished
+    client = connect(f"sqlite:///{workdir / 'mlflow.db'}")
+    before = len(client.search_model_versions("name='small-llama'"))
+    (run.store.path(run.models[0].variants[0].register) / "manifest.json").unlink()
+    again = run_zoo(load_zoo(zoo_file), workdir)
+    assert statuses(again)["register", "ran"] == 1
+    assert len(client.search_model_versions("name='small-llama'")) == before
+
+
+def test_windows_longer_than_the_model_are_refused(tmp_path):
+    zoo_file = write_zoo(tmp_path)
+    zoo_file.write_text(zoo_file.read_text().replace("window_tokens: 32", "window_tokens: 3000"))
+    run = run_zoo(load_zoo(zoo_file), tmp_path / "work")
+    assert [outcome.model for outcome in run.failures] == ["small-llama", "tiny-opt"]
+    assert "evaluation.window_tokens is 3000, the model takes at most 2048" in run.failures[0].error
+
+
+def test_an_address_without_a_cluster_is_a_wrong_request(tmp_path):
+    zoo_file = write_zoo(tmp_path, kept="0.5")
+    zoo_file.write_text(zoo_file.read_text() + "cluster: {address: '127.0.0.1:1'}\n")
+    with pytest.raises(ConfigError, match=r"no Ray cluster at 127\.0\.0\.1:1"):
+        run_zoo(load_zoo(zoo_file), tmp_path / "work")
+
+
 def test_a_changed_budget_decomposes_nothing_again(finished):
     zoo_file, workdir, _ = finished
     changed = zoo_file.with_name("changed.yaml")
@@ -105,7 +143,7 @@ def test_a_changed_budget_decomposes_nothing_again(finished):
     found = statuses(run_zoo(load_zoo(changed), workdir, until="evaluate"))
     assert found == {
         ("decompose", "cached"): 8,
-        ("windows", "cached"): 1,
+        ("windows", "cached"): 2,
         ("schedule", "cached"): 4,
         ("schedule", "ran"): 2,
         ("variant", "cached"): 4,
@@ -208,8 +246,6 @@ def test_what_lacks_is_empty_for_what_fits(ray_cluster):
 
 
 def test_registrations_hold_memory_and_accuracy(finished):
-    from pipeline.registry import connect
-
     _, workdir, run = finished
     client = connect(f"sqlite:///{workdir / 'mlflow.db'}")
     versions = client.search_model_versions("name='small-llama'")
