@@ -9,6 +9,7 @@ Shapes: B batch, H query heads, G kv heads, D head_dim, Q new tokens, S cached a
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -275,14 +276,13 @@ class Attachment:
     def start(self) -> None:
         """Hook the layers; a failure leaves the model as it was."""
         self.model.__dict__[ATTACHMENT_ATTRIBUTE] = self
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.detach)
             use_latent_attention(self.model, self._underlying)
             for layer_idx, factors in enumerate(self.variant.factors):
                 if any(factors.values()):
                     self._hook(layer_idx, factors)
-        except BaseException:
-            self.detach()
-            raise
+            undo.pop_all()
 
 
 def execution_device(module: nn.Module) -> torch.device:
