@@ -13,6 +13,7 @@ from lorc_core.errors import ConfigError, UnsupportedModelError
 
 Kind = Literal["keys", "values"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+NormKind = Literal["rms", "layer"]
 
 # Rotary kinds whose angles depend on the position alone; `dynamic` and `longrope` also depend on the length.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -22,19 +23,30 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 class Family:
     """Where a model type keeps its attention, relative to `model.base_model`.
 
-    `bias` is the config field that says whether projections have one, or the fact itself.
+    `bias` is the config field that says whether projections have one, or the fact itself. `norm` is the module whose
+    output the projections read.
     """
 
     attention: str
     rotary: bool
     bias: str | bool
+    norm: str
+    norm_kind: NormKind = "rms"
+    output: str = "o_proj"
 
 
 FAMILIES = {
-    "llama": Family(attention="layers.{}.self_attn", rotary=True, bias="attention_bias"),
-    "mistral": Family(attention="layers.{}.self_attn", rotary=True, bias=False),
-    "opt": Family(attention="decoder.layers.{}.self_attn", rotary=False, bias="enable_bias"),
-    "qwen2": Family(attention="layers.{}.self_attn", rotary=True, bias=True),
+    "llama": Family("layers.{}.self_attn", rotary=True, bias="attention_bias", norm="layers.{}.input_layernorm"),
+    "mistral": Family("layers.{}.self_attn", rotary=True, bias=False, norm="layers.{}.input_layernorm"),
+    "opt": Family(
+        "decoder.layers.{}.self_attn",
+        rotary=False,
+        bias="enable_bias",
+        norm="decoder.layers.{}.self_attn_layer_norm",
+        norm_kind="layer",
+        output="out_proj",
+    ),
+    "qwen2": Family("layers.{}.self_attn", rotary=True, bias=True, norm="layers.{}.input_layernorm"),
 }
 
 
@@ -50,6 +62,7 @@ class Architecture:
     head_dim: int
     rotary: bool
     bias: bool
+    input_norm: NormKind | None
 
     @property
     def kv_width(self) -> int:
@@ -62,11 +75,23 @@ class Architecture:
 
     def weight_name(self, layer_idx: int, kind: Kind) -> str:
         """Name of the (kv_width, hidden_size) projection weight, below `model.base_model`."""
-        return f"{self.attention_module(layer_idx)}.{kind[0]}_proj.weight"
+        return self.projection_name(layer_idx, kind[0], "weight")
 
     def bias_name(self, layer_idx: int, kind: Kind) -> str | None:
         """Name of the (kv_width,) bias, or None where the projection has none."""
-        return f"{self.attention_module(layer_idx)}.{kind[0]}_proj.bias" if self.bias else None
+        return self.projection_name(layer_idx, kind[0], "bias") if self.bias else None
+
+    def projection_name(self, layer_idx: int, projection: str, part: str) -> str:
+        """Name of the weight or bias of the projection "q", "k" or "v"."""
+        return f"{self.attention_module(layer_idx)}.{projection}_proj.{part}"
+
+    def output_name(self, layer_idx: int) -> str:
+        """Name of the (hidden_size, num_heads * head_dim) weight that reads the attended values."""
+        return f"{self.attention_module(layer_idx)}.{FAMILIES[self.model_type].output}.weight"
+
+    def norm_name(self, layer_idx: int, part: str) -> str:
+        """Name of the weight or bias of the norm before the attention."""
+        return f"{FAMILIES[self.model_type].norm.format(layer_idx)}.{part}"
 
     def tensor_names(self) -> list[str]:
         """Every tensor that a weights-only decomposition reads."""
@@ -116,4 +141,11 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
         rotary=family.rotary,
         bias=family.bias if isinstance(family.bias, bool) else bool(getattr(config, family.bias)),
+        input_norm=input_norm(config, family),
     )
+
+
+def input_norm(config: PreTrainedConfig, family: Family) -> NormKind | None:
+    """The norm whose gain the projections' input carries; OPT-350m has its norms elsewhere, Galactica without gain."""
+    before = getattr(config, "do_layer_norm_before", True)
+    return family.norm_kind if before and getattr(config, "layer_norm_elementwise_affine", True) else None

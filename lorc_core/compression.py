@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
 from lorc_core.checkpoint import Checkpoint, WeightSource, read_config
 from lorc_core.errors import ConfigError, NumericsError
-from lorc_core.methods import known_method
-from lorc_core.projection import Decomposition, Factors, decompose
-from lorc_core.schedule import LayerSpectrum, RankSchedule, Schedule, check_kept_fraction, known_schedule
+from lorc_core.methods import Method, known_method
+from lorc_core.moments import weight_moments
+from lorc_core.projection import Decomposition, Factors, decompose, decompose_moments, left_singular
+from lorc_core.schedule import KindSpectrum, LayerSpectrum, RankSchedule, Schedule, check_kept_fraction, known_schedule
 from lorc_core.variant import BaseModel, Variant
 
 LayerDecomposition = dict[Kind, Decomposition]
@@ -33,11 +34,16 @@ class LoadedWeights:
         return self.tensors[name].detach()
 
 
-def decompose_layer(source: WeightSource, architecture: Architecture, layer_idx: int) -> LayerDecomposition:
+def decompose_layer(
+    source: WeightSource, architecture: Architecture, layer_idx: int, method: Method
+) -> LayerDecomposition:
     """All projections of one layer's keys and values, from that layer's weights.
 
     Args:
         source: Where the weights are; only this layer's are read.
+        architecture: Of the model.
+        layer_idx: Of the layer.
+        method: How projections are chosen.
 
     Raises:
         NumericsError: A weight holds NaN or infinity; the message names layer and kind.
@@ -53,7 +59,11 @@ def decompose_layer(source: WeightSource, architecture: Architecture, layer_idx:
                 f"({architecture.kv_width}, {architecture.hidden_size})"
             )
         try:
-            layer[kind] = decompose(weight, source.read(bias_name) if bias_name else None)
+            if method.reader == "none":
+                layer[kind] = decompose(weight, source.read(bias_name) if bias_name else None)
+            else:
+                singular_values = left_singular(weight.double())[1]
+                layer[kind] = decompose_moments(weight_moments(source, architecture, layer_idx, kind), singular_values)
         except NumericsError as error:
             raise NumericsError(f"layer {layer_idx} {kind}: {error}") from error
     return layer
@@ -62,9 +72,18 @@ def decompose_layer(source: WeightSource, architecture: Architecture, layer_idx:
 def layer_spectrum(layer: LayerDecomposition) -> LayerSpectrum:
     """What the schedules need of a decomposed layer."""
     return LayerSpectrum(
-        kv_width=layer["keys"].basis.shape[0],
-        keys_log10_condition=layer["keys"].log10_condition,
-        values_log10_condition=layer["values"].log10_condition,
+        kv_width=layer["keys"].up.shape[0],
+        keys=kind_spectrum(layer["keys"]),
+        values=kind_spectrum(layer["values"]),
+    )
+
+
+def kind_spectrum(found: Decomposition) -> KindSpectrum:
+    return KindSpectrum(
+        log10_condition=found.log10_condition,
+        weights=tuple(found.singular_values.square().tolist()),
+        states=tuple(found.state_energies.tolist()),
+        read=tuple(found.read_energies.tolist()),
     )
 
 
@@ -74,14 +93,9 @@ def slice_layer(
     """The factors of one layer at its scheduled ranks; None where the full width is kept."""
     chosen = {"keys": ranks.layers[layer_idx].keys, "values": ranks.layers[layer_idx].values}
     return {
-        kind: None if chosen[kind] == ranks.kv_width else in_dtype(layer[kind].factors(chosen[kind]), dtype)
+        kind: None if chosen[kind] == ranks.kv_width else layer[kind].factors(chosen[kind]).to("cpu", dtype)
         for kind in KINDS
     }
-
-
-def in_dtype(factors: Factors, dtype: torch.dtype) -> Factors:
-    up = factors.up.to(dtype)
-    return Factors(up=up, down=up.T, mean=None if factors.mean is None else factors.mean.to(dtype))
 
 
 def compress(
@@ -122,7 +136,9 @@ def compress(
         architecture = architecture_of(read_config(directory))
         fingerprint = source.fingerprint(architecture.tensor_names())
         base = BaseModel(source=str(directory), revision=None, fingerprint=fingerprint)
-    layers = [decompose_layer(source, architecture, layer_idx) for layer_idx in range(architecture.num_layers)]
+    layers = [
+        decompose_layer(source, architecture, idx, known_method(method)) for idx in range(architecture.num_layers)
+    ]
     return build_variant(base, architecture, method, chosen, layers, kept_fraction, dtype)
 
 

@@ -5,6 +5,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from lorc_core.architecture import KINDS, Architecture
 from lorc_core.errors import UnsupportedModelError
+from lorc_core.methods import Method
 from lorc_core.schedule import RankSchedule
 
 
@@ -38,11 +39,11 @@ def full_floats_per_token(architecture: Architecture) -> int:
     return len(KINDS) * architecture.kv_width * architecture.num_layers
 
 
-def factor_floats(schedule: RankSchedule, *, bias: bool) -> int:
-    """Floats of the factors that a joint variant holds beside its base: `up`, and an offset where there is a bias.
+def planned_factor_floats(schedule: RankSchedule, method: Method, *, mean: bool) -> int:
+    """Floats of the factors that a joint variant will hold beside its base.
 
-    `down` is the transpose of `up` and takes nothing; a full rank is bypassed and has no factors.
+    `up`, a `down` unless it is the transpose of `up`, and a mean where there is one; a full rank has no factors.
     """
-    width = schedule.kv_width
+    width, factors = schedule.kv_width, 1 if method.reader == "none" else 2
     ranks = [rank for layer in schedule.layers for rank in (layer.keys, layer.values) if rank < width]
-    return sum(rank * width for rank in ranks) + (width * len(ranks) if bias else 0)
+    return factors * sum(rank * width for rank in ranks) + (width * len(ranks) if mean else 0)

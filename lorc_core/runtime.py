@@ -264,7 +264,7 @@ class Attachment:
         base = self.model.base_model
         module = base.get_submodule(self.variant.architecture.attention_module(layer_idx))
         dtype, device = next(module.parameters()).dtype, execution_device(module)
-        placed = {kind: place(found, device, dtype) if found else None for kind, found in factors.items()}
+        placed = {kind: found.to(device, dtype) if found else None for kind, found in factors.items()}
         rotary = base.get_submodule("rotary_emb") if self.variant.architecture.rotary else None
         offsets = {kind: found.offset() if found else None for kind, found in placed.items()}
         heads = self.variant.architecture.num_kv_heads
@@ -292,13 +292,6 @@ def execution_device(module: nn.Module) -> torch.device:
         return weight.device
     hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
     return torch.device(next(hook.execution_device for hook in hooks if hook is not None))
-
-
-def place(factors: Factors, device: torch.device, dtype: torch.dtype) -> Factors:
-    """The factors where and as they are used; `down` stays a view of `up`."""
-    up = factors.up.to(device, dtype)
-    mean = None if factors.mean is None else factors.mean.to(device)
-    return Factors(up=up, down=up.T, mean=mean)
 
 
 def use_latent_attention(model: PreTrainedModel, underlying: str) -> None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 from lorc_core.errors import ConfigError, NumericsError
 
@@ -16,12 +16,26 @@ KEPT_FRACTION_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
+class KindSpectrum:
+    """What the schedules read of one layer's keys or values.
+
+    `log10_condition` is the weight's; the rest are energies, falling: squared singular values of the weight,
+    eigenvalues of the states' second moment, and what each direction saves of the error that the method minimises.
+    """
+
+    log10_condition: float
+    weights: tuple[float, ...] = ()
+    states: tuple[float, ...] = ()
+    read: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class LayerSpectrum:
-    """What the schedules read of one layer: its width and the condition numbers of its two weights, as log10."""
+    """What the schedules read of one layer."""
 
     kv_width: int
-    keys_log10_condition: float
-    values_log10_condition: float
+    keys: KindSpectrum
+    values: KindSpectrum
 
 
 @dataclass(frozen=True)
@@ -154,8 +168,80 @@ class Progressive:
         return RankSchedule(tuple(LayerRanks(rank, rank) for rank in ranks), width, note)
 
 
-Schedule = Uniform | Progressive
-SCHEDULES: dict[str, type[Uniform] | type[Progressive]] = {"uniform": Uniform, "progressive": Progressive}
+@dataclass(frozen=True)
+class Energy:
+    """One water level over all layers and both kinds: the directions with the largest share of their layer's energy.
+
+    Attributes:
+        spectrum: Whose energies are levelled: the weights', the states', or those of what is read.
+        rank_multiple: Ranks are multiples of this, or the full width.
+        skip_layers: Layers left uncompressed.
+    """
+
+    spectrum: Literal["weights", "states", "read"] = "read"
+    rank_multiple: int = 1
+    skip_layers: tuple[int, ...] = ()
+    name: str = field(default="energy", init=False)
+
+    def __post_init__(self) -> None:
+        check_positive(rank_multiple=self.rank_multiple)
+
+    def ranks(self, spectra: Sequence[LayerSpectrum], kept_fraction: float) -> RankSchedule:
+        """Ranks, of keys and values apart, within 0.01 or one rank step of the target.
+
+        Args:
+            spectra: One per layer.
+            kept_fraction: Target share of cached floats, in (0, 1].
+
+        Raises:
+            ConfigError: The target is out of reach; the message gives the range.
+        """
+        check_kept_fraction(kept_fraction)
+        width = spectra[0].kv_width
+        check_at_most(width, rank_multiple=self.rank_multiple)
+        skipped = checked_skips(self.skip_layers, len(spectra))
+        ranks = {
+            (idx, kind): width if idx in skipped else self.rank_multiple
+            for idx in range(len(spectra))
+            for kind in ("keys", "values")
+        }
+        target = kept_fraction * 2 * width * len(spectra)
+        least = sum(ranks.values())
+        if target < least - KEPT_FRACTION_TOLERANCE * 2 * width * len(spectra):
+            raise ConfigError(
+                f"energy: kept_fraction {kept_fraction} cannot be reached; "
+                f"reachable is {least / (2 * width * len(spectra)):.3f}..1.000"
+            )
+        total = least
+        for _, idx, kind, start, stop in self._steps(spectra, skipped):
+            if total + (stop - start) / 2 > target:
+                break
+            ranks[idx, kind] = stop
+            total += stop - start
+        layers = tuple(LayerRanks(ranks[idx, "keys"], ranks[idx, "values"]) for idx in range(len(spectra)))
+        return RankSchedule(layers, width)
+
+    def _steps(self, spectra: Sequence[LayerSpectrum], skipped: set[int]) -> list[tuple[float, int, str, int, int]]:
+        """Every further rank step of every layer and kind, the most energy per float first."""
+        steps = []
+        for idx, layer in enumerate(spectra):
+            if idx in skipped:
+                continue
+            for kind, found in (("keys", layer.keys), ("values", layer.values)):
+                energies = getattr(found, self.spectrum)
+                whole = sum(energies)
+                for start in range(self.rank_multiple, layer.kv_width, self.rank_multiple):
+                    stop = min(start + self.rank_multiple, layer.kv_width)
+                    steps.append((-sum(energies[start:stop]) / (whole * (stop - start)), idx, kind, start, stop))
+        return sorted(steps, key=lambda step: (step[0], step[3]))
+
+
+Schedule = Uniform | Progressive | Energy
+SCHEDULES: dict[str, type[Uniform] | type[Progressive] | type[Energy]] = {
+    "uniform": Uniform,
+    "progressive": Progressive,
+    "energy": Energy,
+}
 
 
 def known_schedule(name: str, **fields: Any) -> Schedule:
@@ -172,13 +258,13 @@ def cumulative_log10_condition(spectra: Sequence[LayerSpectrum]) -> list[float]:
         NumericsError: A condition number is infinite (a rank-deficient weight); the message names the layer.
     """
     for layer_idx, layer in enumerate(spectra):
-        for kind, value in (("keys", layer.keys_log10_condition), ("values", layer.values_log10_condition)):
-            if math.isinf(value):
+        for kind, spectrum in (("keys", layer.keys), ("values", layer.values)):
+            if math.isinf(spectrum.log10_condition):
                 raise NumericsError(
                     f"layer {layer_idx} {kind}: the weight is rank-deficient, its condition number infinite, so the "
                     "progressive schedule is undefined; use the uniform schedule for this model"
                 )
-    logs = [layer.keys_log10_condition + layer.values_log10_condition for layer in spectra]
+    logs = [layer.keys.log10_condition + layer.values.log10_condition for layer in spectra]
     return list(accumulate(reversed(logs)))[::-1]
 
 

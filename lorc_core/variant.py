@@ -79,14 +79,17 @@ class Variant:
         write_manifest(directory)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for layer_idx, layer in enumerate(self.factors):
             for kind, factors in layer.items():
                 if factors is not None:
-                    tensors[f"layers.{layer_idx}.{kind}.up"] = factors.up.contiguous()
-                    if factors.mean is not None:
-                        tensors[f"layers.{layer_idx}.{kind}.mean"] = factors.mean
+                    tensors |= {f"layers.{layer_idx}.{kind}.{name}": one for name, one in factors.tensors().items()}
         return tensors
+
+    @property
+    def factor_floats(self) -> int:
+        """Floats held beside the base model while the variant is attached."""
+        return sum(tensor.numel() for tensor in self._tensors().values())
 
     def _config(self) -> dict[str, Any]:
         return {
@@ -132,15 +135,17 @@ def load_variant(directory: Path | str) -> Variant:
 def read_factors(
     directory: Path, tensors: dict[str, torch.Tensor], ranks: RankSchedule, layer_idx: int, kind: Kind
 ) -> Factors | None:
-    """The factors that the schedule asks for; `down` is not stored, it is the transpose of the orthonormal `up`."""
-    rank, name = getattr(ranks.layers[layer_idx], kind), f"layers.{layer_idx}.{kind}.up"
+    """The factors that the schedule asks for; None where the full width is kept."""
+    rank, prefix = getattr(ranks.layers[layer_idx], kind), f"layers.{layer_idx}.{kind}"
     if rank == ranks.kv_width:
         return None
-    up = tensors.get(name)
+    up = tensors.get(f"{prefix}.up")
     if up is None or tuple(up.shape) != (ranks.kv_width, rank):
         found = "absent" if up is None else f"{tuple(up.shape)}"
-        raise ArtifactError(f"{directory / FACTORS_FILE}: {name} must be ({ranks.kv_width}, {rank}), it is {found}")
-    return Factors(up=up, down=up.T, mean=tensors.get(f"layers.{layer_idx}.{kind}.mean"))
+        raise ArtifactError(
+            f"{directory / FACTORS_FILE}: {prefix}.up must be ({ranks.kv_width}, {rank}), it is {found}"
+        )
+    return Factors(up, tensors.get(f"{prefix}.own_down"), tensors.get(f"{prefix}.mean"))
 
 
 def write_manifest(directory: Path) -> None:

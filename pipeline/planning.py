@@ -6,8 +6,9 @@ from transformers import PreTrainedConfig
 
 from lorc_core.architecture import Architecture, architecture_of
 from lorc_core.errors import LorcError
-from lorc_core.memory import bytes_per_token, factor_floats, full_floats_per_token
-from lorc_core.schedule import LayerSpectrum, Uniform
+from lorc_core.memory import bytes_per_token, full_floats_per_token, planned_factor_floats
+from lorc_core.methods import known_method
+from lorc_core.schedule import KindSpectrum, LayerSpectrum, Uniform
 from pipeline.evaluation import DTYPES, device_plan
 from pipeline.graph import GIB, default_tracking_uri, model_steps
 from pipeline.models import config_for_planning, resolve
@@ -76,8 +77,10 @@ def factor_estimate(variant: VariantEntry, architecture: Architecture, kept_frac
     times the width, ranks add up to the same, and layers left at full width need none.
     """
     schedule = variant.schedule if isinstance(variant.schedule, Uniform) else Uniform()
-    spectra = [LayerSpectrum(architecture.kv_width, 0.0, 0.0)] * architecture.num_layers
-    return factor_floats(schedule.ranks(spectra, kept_fraction), bias=architecture.bias)
+    spectra = [LayerSpectrum(architecture.kv_width, KindSpectrum(0.0), KindSpectrum(0.0))] * architecture.num_layers
+    ranks = schedule.ranks(spectra, kept_fraction)
+    mean = architecture.bias or (architecture.input_norm == "layer" and variant.method != "lorc")
+    return planned_factor_floats(ranks, known_method(variant.method), mean=mean)
 
 
 def planned_devices(zoo: Zoo, entry: ModelEntry, config: PreTrainedConfig) -> str:

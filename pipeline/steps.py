@@ -20,7 +20,7 @@ from lorc_core.errors import ConfigError
 from lorc_core.variant import MANIFEST_FILE, write_manifest
 
 # Raised by one when a step's function changes what it writes for the same recipe.
-REVISIONS = {"decompose": 1, "schedule": 1, "variant": 1, "windows": 1, "evaluate": 1, "register": 1, "regress": 1}
+REVISIONS = {"decompose": 2, "schedule": 1, "variant": 2, "windows": 1, "evaluate": 1, "register": 1, "regress": 1}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ SCHEMAS = {
             ("kind", pa.string()),
             ("width", pa.int32()),
             ("singular_values", pa.list_(pa.float64())),
+            ("state_energies", pa.list_(pa.float64())),
+            ("read_energies", pa.list_(pa.float64())),
             ("log10_condition", pa.float64()),
         ]
     ),

@@ -21,10 +21,10 @@ from lorc_core.architecture import KINDS, Architecture
 from lorc_core.checkpoint import Checkpoint
 from lorc_core.compression import LayerDecomposition, decompose_layer, slice_layer
 from lorc_core.errors import ConfigError, LorcError
-from lorc_core.memory import factor_floats
+from lorc_core.methods import known_method
 from lorc_core.projection import Decomposition
 from lorc_core.runtime import attach, check_base
-from lorc_core.schedule import LayerSpectrum, RankSchedule, known_schedule
+from lorc_core.schedule import KindSpectrum, LayerSpectrum, RankSchedule, known_schedule
 from lorc_core.variant import MANIFEST_FILE, BaseModel, Variant, load_variant
 from pipeline.evaluation import DTYPES, loaded_model, window_losses
 from pipeline.gates import fell, losses_of, paired_rise, standard_error
@@ -36,6 +36,7 @@ from pipeline.zoo import TextEntry
 SCHEDULE_FILE = "schedule.json"
 WINDOWS_FILE = "windows.npy"
 LAYER_FILE = "layer.safetensors"
+SPECTRA = ("singular_values", "state_energies", "read_energies")
 
 
 def decompose(
@@ -48,20 +49,21 @@ def decompose(
     model_dir: str,
 ) -> None:
     """One layer's full-rank nested factors and spectra, from its weights alone."""
-    layer = decompose_layer(Checkpoint(Path(model_dir)), Architecture(**architecture), layer_idx)
-    tensors, rows = {}, []
+    source = Checkpoint(Path(model_dir))
+    layer = decompose_layer(source, Architecture(**architecture), layer_idx, known_method(method))
+    tensors: dict[str, torch.Tensor] = {}
+    rows = []
     for kind, found in layer.items():
-        tensors[f"{kind}.basis"] = found.basis.float().contiguous()
-        tensors[f"{kind}.singular_values"] = found.singular_values
-        if found.mean is not None:
-            tensors[f"{kind}.mean"] = found.mean
+        full = found.factors(found.up.shape[0])
+        tensors |= {f"{kind}.{name}": tensor.float() for name, tensor in full.tensors().items()}
+        tensors |= {f"{kind}.{name}": getattr(found, name).clone() for name in SPECTRA}
         rows.append(
             {
                 "layer": layer_idx,
                 "kind": kind,
-                "width": found.basis.shape[0],
-                "singular_values": found.singular_values.tolist(),
+                "width": found.up.shape[0],
                 "log10_condition": found.log10_condition,
+                **{name: getattr(found, name).tolist() for name in SPECTRA},
             }
         )
     save_file(tensors, output / LAYER_FILE)
@@ -73,9 +75,10 @@ def load_layer(directory: Path) -> LayerDecomposition:
     tensors = load_file(directory / LAYER_FILE)
     return {
         kind: Decomposition(
-            basis=tensors[f"{kind}.basis"].double(),
-            singular_values=tensors[f"{kind}.singular_values"],
+            up=tensors[f"{kind}.up"],
+            own_down=tensors.get(f"{kind}.own_down"),
             mean=tensors.get(f"{kind}.mean"),
+            **{name: tensors[f"{kind}.{name}"] for name in SPECTRA},
         )
         for kind in KINDS
     }
@@ -86,7 +89,7 @@ def schedule(output: Path, *, schedule: dict[str, Any], kept_fraction: float, la
     spectra = []
     for directory in layers:
         keys, values = read_rows(directory, "spectra")
-        spectra.append(LayerSpectrum(keys["width"], keys["log10_condition"], values["log10_condition"]))
+        spectra.append(LayerSpectrum(keys["width"], kind_spectrum_of(keys), kind_spectrum_of(values)))
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in schedule.items()}
     ranks = known_schedule(str(fields.pop("name")), **fields).ranks(spectra, kept_fraction)
     (output / SCHEDULE_FILE).write_text(json.dumps(asdict(ranks)))
@@ -98,6 +101,16 @@ def schedule(output: Path, *, schedule: dict[str, Any], kept_fraction: float, la
             for idx, layer in enumerate(ranks.layers)
             for kind in KINDS
         ],
+    )
+
+
+def kind_spectrum_of(row: dict[str, Any]) -> KindSpectrum:
+    """What the schedules need of a row of the table `spectra`."""
+    return KindSpectrum(
+        log10_condition=row["log10_condition"],
+        weights=tuple(value**2 for value in row["singular_values"]),
+        states=tuple(row["state_energies"]),
+        read=tuple(row["read_energies"]),
     )
 
 
@@ -155,7 +168,7 @@ def evaluate(
 ) -> None:
     """Score the baseline (no `variant`) or a variant on every text."""
     found = None if variant is None else load_variant(variant)
-    factors = 0 if found is None else factor_floats(found.ranks, bias=found.architecture.bias)
+    factors = 0 if found is None else found.factor_floats
     scores, losses = [], []
     with nullcontext() if found is None else attach(model, found):
         for name, directory in zip(text_names, windows, strict=True):

@@ -23,7 +23,7 @@ from pydantic import (
 
 from lorc_core.errors import ConfigError
 from lorc_core.methods import known_method
-from lorc_core.schedule import SCHEDULES, Progressive, Schedule, Uniform, known_schedule
+from lorc_core.schedule import SCHEDULES, Energy, Progressive, Schedule, Uniform, known_schedule
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 KeptFraction = Annotated[float, Field(gt=0, le=1)]
@@ -98,7 +98,7 @@ class VariantEntry(Strict):
 
     name: Name | None = None
     method: str = "lorc"
-    schedule: InstanceOf[Uniform] | InstanceOf[Progressive]
+    schedule: InstanceOf[Uniform] | InstanceOf[Progressive] | InstanceOf[Energy]
     kept_fraction: Annotated[tuple[KeptFraction, ...], Field(min_length=1)]
 
     @field_validator("method")

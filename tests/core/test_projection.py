@@ -107,7 +107,7 @@ def test_decompose_takes_more_rows_than_columns():
     """Some models have wider keys than hidden states; the missing directions carry nothing."""
     weight = random_matrix(20, 8, 1)
     decomposition = decompose(weight, None)
-    assert decomposition.basis.shape == (20, 20)
+    assert decomposition.up.shape == (20, 20)
     torch.testing.assert_close(decomposition.singular_values, torch.linalg.svdvals(weight))
     assert projection_error(weight, decomposition.factors(8).up) < 1e-12 * weight.norm()
 

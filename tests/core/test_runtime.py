@@ -122,6 +122,36 @@ def test_cached_decode_equals_one_pass(any_tiny_model, prefill):
         assert_close(token_by_token(model, ids, prefill), expected)
 
 
+def projected(model, variant):
+    """The independent reference of any joint variant: W_k and W_v replaced by up @ down @ W, biases likewise."""
+    reference = copy.deepcopy(model)
+    architecture = architecture_of(model.config)
+    for layer_idx, layer in enumerate(variant.factors):
+        module = reference.base_model.get_submodule(architecture.attention_module(layer_idx))
+        for linear, factors in ((module.k_proj, layer["keys"]), (module.v_proj, layer["values"])):
+            projection = (factors.up @ factors.down).double()
+            linear.weight.data = (projection @ linear.weight.double()).float()
+            mean = torch.zeros(len(projection)) if factors.mean is None else factors.mean
+            bias = torch.zeros(len(projection)) if linear.bias is None else linear.bias
+            linear.bias = torch.nn.Parameter((mean + projection @ (bias - mean).double()).float())
+    return reference
+
+
+def test_read_aware_variants_equal_their_projected_weights_cached_and_uncached(any_tiny_model):
+    model = any_tiny_model
+    variant = lorc_core.compress(model, method="lorc_q", kept_fraction=0.5)
+    assert variant.schedule["name"] == "energy"
+    ids = tokens(model)
+    expected = one_pass(projected(model, variant), ids)
+    with lorc_core.attach(model, variant):
+        assert_close(one_pass(model, ids), expected)
+        assert_close(token_by_token(model, ids, prefill=5), expected)
+        with torch.inference_mode():
+            cache = model(input_ids=ids[:, :9]).past_key_values  # within the sliding window
+    assert lorc_core.cache_bytes(cache) == 2 * 9 * 4 * variant.ranks.floats_per_token
+    assert variant.kept_fraction == pytest.approx(0.5, abs=0.01)
+
+
 def test_left_padding_equals_no_padding(any_tiny_model):
     model, num_padding = any_tiny_model, 5
     ids = tokens(model, rows=1, columns=18)
@@ -323,7 +353,7 @@ def test_a_failed_attach_leaves_the_model_as_it_was(monkeypatch):
     variant = lorc_core.compress(model)
     baseline = one_pass(model, tokens(model))
     with monkeypatch.context() as patch:
-        patch.setattr("lorc_core.runtime.place", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
+        patch.setattr("lorc_core.runtime.Factors.to", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
         with pytest.raises(MemoryError):
             lorc_core.attach(model, variant)
     assert torch.equal(one_pass(model, tokens(model)), baseline)

@@ -8,11 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorc_core.errors import ConfigError, NumericsError
-from lorc_core.schedule import LayerSpectrum, Progressive, Uniform, cumulative_log10_condition, known_schedule
+from lorc_core.schedule import (
+    Energy,
+    KindSpectrum,
+    LayerRanks,
+    LayerSpectrum,
+    Progressive,
+    Uniform,
+    cumulative_log10_condition,
+    known_schedule,
+)
 
 
 def spectra(*log_conditions, width=128):
-    return [LayerSpectrum(width, keys, values) for keys, values in log_conditions]
+    return [LayerSpectrum(width, KindSpectrum(keys), KindSpectrum(values)) for keys, values in log_conditions]
 
 
 EIGHT = spectra(*[(1.0 + 0.1 * i, 0.7) for i in range(8)])
@@ -142,7 +151,7 @@ def test_infinite_condition_stops_progressive_naming_the_layer_and_not_uniform()
 
 
 def test_unknown_names_and_bad_fields_are_refused():
-    with pytest.raises(ConfigError, match="schedule 'progresive' is not known; known are progressive, uniform"):
+    with pytest.raises(ConfigError, match="schedule 'progresive' is not known; known are energy, progressive, uniform"):
         known_schedule("progresive")
     with pytest.raises(ConfigError, match="rank_multiple must be at least 1, got 0"):
         Uniform(rank_multiple=0)
@@ -152,3 +161,45 @@ def test_unknown_names_and_bad_fields_are_refused():
         Uniform(rank_multiple=200).ranks(EIGHT, 0.5)
     with pytest.raises(ConfigError, match=r"skip_layers: layer 8 does not exist; layers are 0\.\.7"):
         Uniform(skip_layers=(8,)).ranks(EIGHT, 0.9)
+
+
+def energy_spectra(*energies, width=16):
+    return [
+        LayerSpectrum(width, KindSpectrum(0.0, read=tuple(keys)), KindSpectrum(0.0, read=tuple(values)))
+        for keys, values in energies
+    ]
+
+
+falling = st.lists(st.floats(1e-6, 1e3), min_size=16, max_size=16).map(lambda values: sorted(values, reverse=True))
+
+
+@given(st.lists(st.tuples(falling, falling), min_size=1, max_size=5), st.floats(0.1, 1))
+@settings(deadline=None)
+def test_energy_keeps_the_directions_above_one_water_level(energies, kept):
+    """Every direction kept holds at least the share of every direction dropped, first directions apart."""
+    found = Energy().ranks(energy_spectra(*energies), kept)
+    assert abs(found.kept_fraction - kept) <= max(0.01, 1 / (32 * len(energies)))
+    kept_shares, dropped_shares = [], []
+    for (keys, values), layer in zip(energies, found.layers, strict=True):
+        for spectrum, rank in ((keys, layer.keys), (values, layer.values)):
+            assert 1 <= rank <= 16
+            shares = [value / sum(spectrum) for value in spectrum]
+            kept_shares += shares[1:rank]
+            dropped_shares += shares[rank:]
+    assert not kept_shares or not dropped_shares or min(kept_shares) >= max(dropped_shares) - 1e-12
+
+
+def test_energy_gives_a_flat_spectrum_more_than_a_steep_one():
+    steep, flat = [4.0**-i for i in range(16)], [1.0] * 16
+    (layer,) = Energy().ranks(energy_spectra((steep, flat)), 0.5).layers
+    assert layer.keys < 4
+    assert layer.values > 12
+
+
+def test_energy_takes_multiples_and_skips_and_says_what_it_reaches():
+    spectra_ = energy_spectra(*[([1.0] * 16, [1.0] * 16)] * 4)
+    found = Energy(rank_multiple=4, skip_layers=(1,)).ranks(spectra_, 0.6)
+    assert found.layers[1] == LayerRanks(16, 16)
+    assert all(rank % 4 == 0 for layer in found.layers for rank in (layer.keys, layer.values))
+    with pytest.raises(ConfigError, match=r"kept_fraction 0\.3 cannot be reached; reachable is 0\.438\.\.1\.000"):
+        Energy(rank_multiple=4, skip_layers=(1,)).ranks(spectra_, 0.3)

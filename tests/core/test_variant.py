@@ -41,6 +41,17 @@ def test_save_and_load_are_bitwise(variant, saved):
                 assert torch.equal(factors.down, after[kind].down)
 
 
+def test_factors_that_are_no_transposes_survive_the_disk(tmp_path):
+    variant = lorc_core.compress(DEMO / "stdlib-opt", method="lorc_q")
+    variant.save(tmp_path)
+    loaded = lorc_core.load_variant(tmp_path)
+    before, after = variant.factors[1]["values"], loaded.factors[1]["values"]
+    assert not torch.equal(before.down, before.up.T)
+    for name, tensor in before.tensors().items():
+        assert torch.equal(tensor, after.tensors()[name])
+    assert loaded.factor_floats == variant.factor_floats
+
+
 def test_means_survive_the_disk(tmp_path):
     variant = lorc_core.compress(DEMO / "stdlib-opt", schedule="uniform")
     variant.save(tmp_path)

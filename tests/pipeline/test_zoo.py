@@ -64,7 +64,11 @@ def set_at(content, path, value):
             r"models\.0\.resources\.gpus: unknown field; allowed here are num_cp",
         ),
         (["variants", 0, "method"], "lork", r"variants\.0\.method: method 'lork' is not known; known are lorc"),
-        (["variants", 0, "schedule"], "unifrom", r"schedule 'unifrom' is not known; known are progressive, uniform"),
+        (
+            ["variants", 0, "schedule"],
+            "unifrom",
+            r"schedule 'unifrom' is not known; known are energy, progressive, uniform",
+        ),
         (
             ["variants", 0, "schedule"],
             {"name": "uniform", "min_rank": 3},

@@ -121,6 +121,20 @@ def test_an_interrupted_registration_is_not_repeated(finished):
     assert len(client.search_model_versions("name='small-llama'")) == before
 
 
+def test_a_read_aware_variant_beats_the_plain_one_at_equal_bytes(finished):
+    """On the trained model, at a tenth of the cache, through the whole pipeline."""
+    zoo_file, workdir, _ = finished
+    extra = zoo_file.with_name("extra.yaml")
+    entry = "variants:\n  - {method: lorc_q, schedule: energy, kept_fraction: 0.1}"
+    extra.write_text(zoo_file.read_text().replace("variants:", entry, 1))
+    run = run_zoo(load_zoo(extra), workdir, until="evaluate")
+    assert statuses(run)["decompose", "ran"] == 8
+    rows = {row.variant: row for row in results(run) if row.model == "small-llama"}
+    aware, plain = rows["lorc_q-energy-0.1"], rows["lorc-uniform-0.1"]
+    assert aware.bytes_per_token <= plain.bytes_per_token
+    assert aware.loss_rise < 0.7 * plain.loss_rise
+
+
 def test_windows_longer_than_the_model_are_refused(tmp_path):
     zoo_file = write_zoo(tmp_path)
     zoo_file.write_text(zoo_file.read_text().replace("window_tokens: 32", "window_tokens: 3000"))
