@@ -1,17 +1,19 @@
 """The `lorc` command. Exit codes: 0 all good, 1 a model or gate failed, 2 the request is wrong."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-try:
-    import typer
-    from rich.console import Console
-    from rich.markup import escape
-except ModuleNotFoundError as missing:
-    sys.exit(f"the lorc command needs the extra packages of its pipeline ({missing}): pip install 'lorc[pipeline]'")
+PIPELINE_PACKAGES = ("accelerate", "datasets", "mlflow", "pyarrow", "pydantic", "ray", "rich", "typer", "yaml")
+if missing := [name for name in PIPELINE_PACKAGES if importlib.util.find_spec(name) is None]:
+    sys.exit(f"error: the lorc command needs {', '.join(missing)}: pip install 'lorc[pipeline]'")
+
+import typer
+from rich.console import Console
+from rich.markup import escape
 
 from lorc_core.errors import ConfigError, LorcError
 

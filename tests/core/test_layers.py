@@ -20,3 +20,14 @@ def test_lorc_core_compresses_where_the_pipelines_packages_are_absent(save_tiny)
     done = subprocess.run([sys.executable, "-c", SCRIPT, save_tiny("llama")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "kept_fraction=0.5" in done.stdout
+
+
+def test_the_command_says_what_to_install_where_the_pipelines_packages_are_absent():
+    """They are absent in `make test-core`; here their absence is feigned."""
+    script = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n: None if n == 'ray' else find(n); import jobs.cli"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the lorc command needs ")
+    assert "ray" in done.stderr
+    assert "pip install 'lorc[pipeline]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
