@@ -117,19 +117,22 @@ def load_variant(directory: Path | str) -> Variant:
         raise ArtifactError(
             f"{directory}: variant schema {schema}, this lorc reads {SCHEMA_VERSION}; compress the model again"
         )
-    ranks = RankSchedule.from_dict(config["ranks"])
     tensors = load_file(directory / FACTORS_FILE)
-    return Variant(
-        base=BaseModel(**config["base"]),
-        architecture=Architecture(**config["architecture"]),
-        method=config["method"],
-        schedule=config["schedule"],
-        ranks=ranks,
-        factors=tuple(
-            {kind: read_factors(directory, tensors, ranks, layer_idx, kind) for kind in KINDS}
-            for layer_idx in range(len(ranks.layers))
-        ),
-    )
+    try:
+        ranks = RankSchedule.from_dict(config["ranks"])
+        return Variant(
+            base=BaseModel(**config["base"]),
+            architecture=Architecture(**config["architecture"]),
+            method=config["method"],
+            schedule=config["schedule"],
+            ranks=ranks,
+            factors=tuple(
+                {kind: read_factors(directory, tensors, ranks, layer_idx, kind) for kind in KINDS}
+                for layer_idx in range(len(ranks.layers))
+            ),
+        )
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{directory / CONFIG_FILE}: not a variant's config ({error})") from error
 
 
 def read_factors(

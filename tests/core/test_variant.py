@@ -127,6 +127,16 @@ def test_another_schema_is_refused(saved):
         lorc_core.load_variant(saved)
 
 
+@pytest.mark.parametrize("part", ["base", "architecture", "ranks", "method"])
+def test_a_config_without_a_part_is_refused(saved, part):
+    config = json.loads((saved / "lorc_config.json").read_text())
+    del config[part]
+    (saved / "lorc_config.json").write_text(json.dumps(config))
+    write_manifest(saved)
+    with pytest.raises(ArtifactError, match=rf"lorc_config\.json: not a variant's config \('{part}'\)"):
+        lorc_core.load_variant(saved)
+
+
 def test_another_base_model_is_refused(save_tiny, tmp_path):
     base, other = save_tiny("llama", seed=0), save_tiny("llama", seed=1)
     lorc_core.compress(base).save(tmp_path / "variant")
