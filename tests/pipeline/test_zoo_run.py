@@ -245,7 +245,8 @@ def test_a_killed_run_loses_no_finished_step(tmp_path):
     assert not run.failures
     assert before.items() <= after.items()
     cached = {outcome.key for outcome in run.outcomes if outcome.status == "cached"}
-    assert {key for key in before if not key.startswith("register")} == cached
+    # a worker that outlived its driver for a moment may have finished one more
+    assert {key for key in before if not key.startswith("register")} <= cached
 
 
 def test_what_lacks_is_empty_for_what_fits(ray_cluster):
