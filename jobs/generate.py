@@ -35,6 +35,8 @@ def find_variant(reference: str, workdir: Path, scratch: Path) -> tuple[Path, st
     """A variant on disk, or a registered one (its champion, unless a version or alias is named), and its dtype."""
     if (Path(reference) / CONFIG_FILE).is_file():
         return Path(reference), "auto"
+    if reference.startswith(("/", "./", "../", "~")) and not Path(reference).is_dir():
+        raise ConfigError(f"variant directory {reference} does not exist")
     if Path(reference).is_dir():
         raise ConfigError(f"{reference}: a directory without {CONFIG_FILE} is no variant")
     from pipeline.registry import CHAMPION, connect, fetch_files, find_version, read_version

@@ -229,7 +229,7 @@ class Energy:
                 continue
             for kind, found in (("keys", layer.keys), ("values", layer.values)):
                 energies = getattr(found, self.spectrum)
-                whole = sum(energies)
+                whole = sum(energies) or 1.0  # a weight of zeros has no direction worth a float
                 for start in range(self.rank_multiple, layer.kv_width, self.rank_multiple):
                     stop = min(start + self.rank_multiple, layer.kv_width)
                     steps.append((-sum(energies[start:stop]) / (whole * (stop - start)), idx, kind, start, stop))

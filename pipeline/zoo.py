@@ -264,7 +264,18 @@ def load_zoo(path: Path | str) -> Zoo:
     try:
         return Zoo.model_validate(content, context={"folder": path.resolve().parent})
     except ValidationError as error:
-        raise ConfigError("\n".join(describe(path, Zoo, problem) for problem in error.errors())) from error
+        raise ConfigError("\n".join(describe(path, Zoo, problem) for problem in root_problems(error))) from error
+
+
+def root_problems(error: ValidationError) -> list[Any]:
+    """pydantic's errors without those of a list that is only too short because its entries are wrong."""
+    problems = error.errors()
+
+    def follows(problem: Any) -> bool:
+        inside = (other["loc"][: len(problem["loc"])] == problem["loc"] for other in problems if other is not problem)
+        return problem["type"] == "too_short" and any(inside)
+
+    return [problem for problem in problems if not follows(problem)]
 
 
 def describe(path: Path, root: type[BaseModel], problem: Any) -> str:

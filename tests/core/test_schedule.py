@@ -203,3 +203,8 @@ def test_energy_takes_multiples_and_skips_and_says_what_it_reaches():
     assert all(rank % 4 == 0 for layer in found.layers for rank in (layer.keys, layer.values))
     with pytest.raises(ConfigError, match=r"kept_fraction 0\.3 cannot be reached; reachable is 0\.438\.\.1\.000"):
         Energy(rank_multiple=4, skip_layers=(1,)).ranks(spectra_, 0.3)
+
+
+def test_energy_gives_a_weight_of_zeros_the_least():
+    (layer,) = Energy().ranks(energy_spectra(([0.0] * 16, [1.0] * 16)), 0.5).layers
+    assert layer == LayerRanks(1, 15)

@@ -153,6 +153,12 @@ def test_generate_tells_a_directory_that_is_no_variant(finished, lorc, tmp_path)
     assert "a directory without lorc_config.json is no variant" in err
 
 
+def test_generate_names_a_path_that_is_not_there(lorc, tmp_path):
+    code, _, err = lorc("generate", tmp_path / "nowhere", "x", "--workdir", tmp_path)
+    assert code == 2
+    assert err == f"error: variant directory {tmp_path / 'nowhere'} does not exist\n"
+
+
 def test_plan_prints_the_caches_of_lorcs_table_2_from_configs_alone(lorc, tmp_path):
     """LoRC prints half of these sizes; the arithmetic is 2 x layers x kv_width x 2 bytes x 64 x 2048."""
     code, out, _ = lorc("plan", REPOSITORY / "examples" / "hub.yaml", "--workdir", tmp_path)

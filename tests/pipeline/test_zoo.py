@@ -123,6 +123,14 @@ def test_two_variants_of_one_label_need_a_name(content, load):
     assert variant_label(load(content).variants[-1], 0.9) == "lorc-by-8-0.9"
 
 
+def test_a_wrong_entry_of_a_list_is_not_reported_as_a_short_list(content, load):
+    content["variants"] = [{"method": "lork", "schedule": "uniform", "kept_fraction": [1.5]}]
+    with pytest.raises(ConfigError) as caught:
+        load(content)
+    fields = [line.split(": ")[1] for line in str(caught.value).splitlines()]
+    assert fields == ["variants.0.method", "variants.0.kept_fraction.0"]
+
+
 def test_every_wrong_field_gets_a_line(content, load):
     del content["gates"]
     content["models"][0]["dtype"] = "float8"
