@@ -17,7 +17,8 @@ from rich.table import Table
 from torch import Tensor
 
 from jobs.screen import console
-from lorc_core.projection import decompose, left_singular, left_singular_by_gram, left_singular_by_qr
+from lorc_core.blocks import Partition
+from lorc_core.projection import decompose_weight, left_singular, left_singular_by_gram, left_singular_by_qr
 
 SHAPES = {"8B": (1024, 4096), "70B": (1024, 8192), "13B": (5120, 5120)}  # W_k and W_v of LLaMA models
 MATRICES_70B = 160
@@ -110,10 +111,11 @@ def accuracy_table(rows: int, columns: int) -> Table:
 def total_70b_s(screen: Console) -> float:
     """Seconds to decompose as many matrices as a 70B model has, float32 in, factors out."""
     weights = [random_weight(*SHAPES["70B"], seed) for seed in range(4)]
+    joint = Partition("joint", num_kv_heads=8, head_dim=SHAPES["70B"][0] // 8)
     started = time.perf_counter()
     with screen.status(f"decomposing {MATRICES_70B} matrices"):
         for index in range(MATRICES_70B):
-            decompose(weights[index % len(weights)], None)
+            decompose_weight(weights[index % len(weights)], joint, None)
     return time.perf_counter() - started
 
 

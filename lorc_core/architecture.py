@@ -4,10 +4,12 @@ Shapes of the cache, whether keys are rotated, and where the key and value proje
 `FAMILIES` per model type; nothing here reads a weight.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lorc_core.errors import ConfigError, UnsupportedModelError
 
@@ -52,7 +54,11 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """The facts of one model that decide the shape of its cache."""
+    """The facts of one model that decide the shape and the statistics of its cache.
+
+    `rotary_frequencies` are radians per position, one per pair of channels of a head; they are not compared, since
+    their last bits depend on the machine.
+    """
 
     model_type: str
     num_layers: int
@@ -63,6 +69,11 @@ class Architecture:
     rotary: bool
     bias: bool
     input_norm: NormKind | None
+    max_tokens: int
+    rotary_frequencies: tuple[float, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rotary_frequencies", tuple(self.rotary_frequencies))  # a list, read from JSON
 
     @property
     def kv_width(self) -> int:
@@ -128,21 +139,33 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
             raise UnsupportedModelError(
                 f"{config.model_type}: rope type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
             )
-    for field in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
-        if not getattr(config, field, 0) >= 1:
-            raise ConfigError(f"{config.model_type}: config field {field} must be at least 1")
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
+        if not getattr(config, name, 0) >= 1:
+            raise ConfigError(f"{config.model_type}: config field {name} must be at least 1")
     num_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     return Architecture(
         model_type=config.model_type,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         num_heads=num_heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        head_dim=head_dim,
         rotary=family.rotary,
         bias=family.bias if isinstance(family.bias, bool) else bool(getattr(config, family.bias)),
         input_norm=input_norm(config, family),
+        max_tokens=config.max_position_embeddings,
+        rotary_frequencies=rotary_frequencies(config, head_dim) if family.rotary else (),
     )
+
+
+def rotary_frequencies(config: PreTrainedConfig, head_dim: int) -> tuple[float, ...]:
+    """As transformers computes them; the plain kind has no function of its own there."""
+    if config.rope_parameters["rope_type"] == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
+        return tuple((config.rope_parameters["rope_theta"] ** -exponents).tolist())
+    found, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config)
+    return tuple(found.tolist())
 
 
 def input_norm(config: PreTrainedConfig, family: Family) -> NormKind | None:

@@ -6,6 +6,7 @@ another's. Fetching from a hub is left to the pipeline.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -68,6 +69,11 @@ class Checkpoint:
         full_name = self._full_name(name)
         with safe_open(self.file_of[full_name], framework="pt") as file:
             return file.get_tensor(full_name)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(math.prod(entry["shape"]) for header in self.headers.values() for entry in header.values())
 
     def fingerprint(self, names: Iterable[str]) -> str:
         """Hash of the config, all headers, samples spread over every tensor and all bytes of `names`.

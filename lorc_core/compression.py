@@ -3,25 +3,23 @@
 The pipeline runs the same functions as separate steps on many machines.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
 from lorc_core.checkpoint import Checkpoint, WeightSource, read_config
 from lorc_core.errors import ConfigError, NumericsError
-from lorc_core.methods import Method, known_method
-from lorc_core.moments import weight_moments
-from lorc_core.projection import Decomposition, Factors, decompose, decompose_moments, left_singular
-from lorc_core.schedule import KindSpectrum, LayerSpectrum, RankSchedule, Schedule, check_kept_fraction, known_schedule
+from lorc_core.methods import Axes, Method, known_method
+from lorc_core.moments import LayerMoments, moments_of
+from lorc_core.projection import Decomposition, Factors, LayerDecomposition, decompose, decompose_weight, layer_spectrum
+from lorc_core.schedule import Schedule, check_kept_fraction, known_schedule
+from lorc_core.spectra import RankSchedule
 from lorc_core.variant import BaseModel, Variant
-
-LayerDecomposition = dict[Kind, Decomposition]
 
 
 class LoadedWeights:
@@ -35,95 +33,99 @@ class LoadedWeights:
 
 
 def decompose_layer(
-    source: WeightSource, architecture: Architecture, layer_idx: int, method: Method
+    source: WeightSource,
+    architecture: Architecture,
+    layer_idx: int,
+    method: Method,
+    calibrated: LayerMoments | None = None,
 ) -> LayerDecomposition:
-    """All projections of one layer's keys and values, from that layer's weights.
+    """All projections of one layer's keys and values.
 
     Args:
         source: Where the weights are; only this layer's are read.
         architecture: Of the model.
         layer_idx: Of the layer.
         method: How projections are chosen.
+        calibrated: What calibration measured of the layer; None where the method needs none.
 
     Raises:
-        NumericsError: A weight holds NaN or infinity; the message names layer and kind.
+        NumericsError: A weight or a moment holds NaN or infinity; the message names layer and kind.
         ArtifactError: A tensor is absent.
+        ConfigError: The method calibrates and there is no calibration.
     """
-    layer: LayerDecomposition = {}
-    for kind in KINDS:
-        bias_name = architecture.bias_name(layer_idx, kind)
-        weight = source.read(architecture.weight_name(layer_idx, kind))
-        if tuple(weight.shape) != (architecture.kv_width, architecture.hidden_size):
-            raise ConfigError(
-                f"layer {layer_idx} {kind}: weight is {tuple(weight.shape)}, the config says "
-                f"({architecture.kv_width}, {architecture.hidden_size})"
-            )
-        try:
-            if method.reader == "none":
-                layer[kind] = decompose(weight, source.read(bias_name) if bias_name else None)
-            else:
-                singular_values = left_singular(weight.double())[1]
-                layer[kind] = decompose_moments(weight_moments(source, architecture, layer_idx, kind), singular_values)
-        except NumericsError as error:
-            raise NumericsError(f"layer {layer_idx} {kind}: {error}") from error
-    return layer
+    return {
+        kind: decompose_kind(source, architecture, layer_idx, kind, method.axes(layer_idx, kind), calibrated)
+        for kind in KINDS
+    }
 
 
-def layer_spectrum(layer: LayerDecomposition) -> LayerSpectrum:
-    """What the schedules need of a decomposed layer."""
-    return LayerSpectrum(
-        kv_width=layer["keys"].up.shape[0],
-        keys=kind_spectrum(layer["keys"]),
-        values=kind_spectrum(layer["values"]),
-    )
-
-
-def kind_spectrum(found: Decomposition) -> KindSpectrum:
-    return KindSpectrum(
-        log10_condition=found.log10_condition,
-        weights=tuple(found.singular_values.square().tolist()),
-        states=tuple(found.state_energies.tolist()),
-        read=tuple(found.read_energies.tolist()),
-    )
+def decompose_kind(
+    source: WeightSource,
+    architecture: Architecture,
+    layer_idx: int,
+    kind: Kind,
+    axes: Axes,
+    calibrated: LayerMoments | None,
+) -> Decomposition:
+    weight = source.read(architecture.weight_name(layer_idx, kind))
+    if tuple(weight.shape) != (architecture.kv_width, architecture.hidden_size):
+        raise ConfigError(
+            f"layer {layer_idx} {kind}: weight is {tuple(weight.shape)}, the config says "
+            f"({architecture.kv_width}, {architecture.hidden_size})"
+        )
+    partition, rotated = axes.partition(architecture), axes.rotated(architecture)
+    try:
+        if axes.statistics == "weights" and axes.reader == "none" and not rotated:
+            bias_name = architecture.bias_name(layer_idx, kind)
+            return decompose_weight(weight, partition, source.read(bias_name).double() if bias_name else None)
+        moments = moments_of(source, architecture, layer_idx, kind, axes, calibrated)
+        return decompose(moments, weight, partition, axes.reader, rotated=rotated)
+    except NumericsError as error:
+        raise NumericsError(f"layer {layer_idx} {kind}: {error}") from error
 
 
 def slice_layer(
     layer: LayerDecomposition, layer_idx: int, ranks: RankSchedule, dtype: torch.dtype
 ) -> dict[Kind, Factors | None]:
     """The factors of one layer at its scheduled ranks; None where the full width is kept."""
-    chosen = {"keys": ranks.layers[layer_idx].keys, "values": ranks.layers[layer_idx].values}
+    chosen = ranks.layers[layer_idx]
     return {
-        kind: None if chosen[kind] == ranks.kv_width else layer[kind].factors(chosen[kind]).to("cpu", dtype)
+        kind: None if chosen.floats(kind) == ranks.kv_width else layer[kind].factors(chosen.of(kind)).to("cpu", dtype)
         for kind in KINDS
     }
 
 
 def compress(
     model_or_dir: PreTrainedModel | Path | str,
-    method: str = "lorc",
+    method: str | Method = "lorc_q",
     kept_fraction: float = 0.5,
     schedule: str | Schedule | None = None,
     *,
+    calibration: Int[Tensor, "sequences tokens"] | Path | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Variant:
-    """Compress a model's key-value cache without data or training.
+    """Compress a model's key-value cache, without training.
 
     Args:
-        model_or_dir: A loaded model, or a transformers directory with safetensors, of which only the key and value
-            projections are read.
-        method: A name in `METHODS`.
+        model_or_dir: A loaded model, or a transformers directory with safetensors. Of a directory only the layers'
+            projections are read, unless the method or the schedule calibrates.
+        method: A name in `METHODS`, or a method of your own.
         kept_fraction: Share of the cached floats to keep, in (0, 1].
         schedule: A schedule, or the name of one with its default fields; the method's own if absent.
+        calibration: Token ids (sequences, tokens), or a text file's path, for methods and schedules that measure.
         dtype: That of the stored factors; `attach` casts them to the model's.
 
     Raises:
-        ConfigError: An argument is out of range, or the directory does not exist.
+        ConfigError: An argument is out of range, does not fit the model, or calibration text is needed and absent or
+            too short.
         ArtifactError: The checkpoint cannot be read.
         UnsupportedModelError: lorc does not know the architecture.
-        NumericsError: A weight holds NaN or infinity, or is rank-deficient under the progressive schedule.
+        NumericsError: A weight or an activation holds NaN or infinity, or a weight is rank-deficient under the
+            progressive schedule.
     """
     check_kept_fraction(kept_fraction)
-    schedule = schedule or known_method(method).schedule
+    chosen_method = known_method(method) if isinstance(method, str) else method
+    schedule = schedule or chosen_method.schedule
     chosen = known_schedule(schedule) if isinstance(schedule, str) else schedule
     source: WeightSource
     if isinstance(model_or_dir, PreTrainedModel):
@@ -136,21 +138,24 @@ def compress(
         architecture = architecture_of(read_config(directory))
         fingerprint = source.fingerprint(architecture.tensor_names())
         base = BaseModel(source=str(directory), revision=None, fingerprint=fingerprint)
+    chosen_method.check(architecture)
+    measuring = None
+    if chosen_method.needs_calibration or chosen.probe is not None:
+        if calibration is None:
+            needs = f"method {chosen_method.name}" if chosen_method.needs_calibration else f"schedule {chosen.name}"
+            raise ConfigError(f"{needs} needs calibration text: pass calibration=token ids or a text file's path")
+        from lorc_core.measuring import Measuring  # transformers' modelling code takes seconds
+
+        measuring = Measuring(model_or_dir, calibration)
+    calibrated = measuring.moments(chosen_method) if measuring and chosen_method.needs_calibration else None
     layers = [
-        decompose_layer(source, architecture, idx, known_method(method)) for idx in range(architecture.num_layers)
+        decompose_layer(source, architecture, idx, chosen_method, calibrated[idx] if calibrated else None)
+        for idx in range(architecture.num_layers)
     ]
-    return build_variant(base, architecture, method, chosen, layers, kept_fraction, dtype)
-
-
-def build_variant(
-    base: BaseModel,
-    architecture: Architecture,
-    method: str,
-    schedule: Schedule,
-    layers: Sequence[LayerDecomposition],
-    kept_fraction: float,
-    dtype: torch.dtype,
-) -> Variant:
-    ranks = schedule.ranks([layer_spectrum(layer) for layer in layers], kept_fraction)
+    spectra = [layer_spectrum(layer) for layer in layers]
+    probes = measuring.probes(chosen, layers) if measuring else None
+    ranks = chosen.ranks(spectra, kept_fraction, probes)
+    if measuring:
+        ranks = measuring.refine(chosen, ranks, layers)
     factors = tuple(slice_layer(layer, layer_idx, ranks, dtype) for layer_idx, layer in enumerate(layers))
-    return Variant(base, architecture, method, asdict(schedule), ranks, factors)
+    return Variant(base, architecture, chosen_method, asdict(chosen), ranks, factors)

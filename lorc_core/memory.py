@@ -5,8 +5,8 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from lorc_core.architecture import KINDS, Architecture
 from lorc_core.errors import UnsupportedModelError
-from lorc_core.methods import Method
-from lorc_core.schedule import RankSchedule
+from lorc_core.methods import Axes, Method
+from lorc_core.spectra import RankSchedule
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -39,11 +39,25 @@ def full_floats_per_token(architecture: Architecture) -> int:
     return len(KINDS) * architecture.kv_width * architecture.num_layers
 
 
-def planned_factor_floats(schedule: RankSchedule, method: Method, *, mean: bool) -> int:
-    """Floats of the factors that a joint variant will hold beside its base.
+def planned_factor_floats(schedule: RankSchedule, method: Method, architecture: Architecture) -> int:
+    """Floats of the factors that a variant will hold beside its base.
 
     `up`, a `down` unless it is the transpose of `up`, and a mean where there is one; a full rank has no factors.
     """
-    width, factors = schedule.kv_width, 1 if method.reader == "none" else 2
-    ranks = [rank for layer in schedule.layers for rank in (layer.keys, layer.values) if rank < width]
-    return factors * sum(rank * width for rank in ranks) + (width * len(ranks) if mean else 0)
+    total = 0
+    for layer_idx, layer in enumerate(schedule.layers):
+        for kind in KINDS:
+            if layer.floats(kind) < schedule.kv_width:
+                axes = method.axes(layer_idx, kind)
+                sides = 2 if axes.reader == "interaction" else 1
+                total += sides * layer.floats(kind) * axes.partition(architecture).width
+                total += schedule.kv_width if has_mean(architecture, axes) else 0
+    return total
+
+
+def has_mean(architecture: Architecture, axes: Axes) -> bool:
+    """Whether a constant is kept beside the factors."""
+    if axes.rotated(architecture):
+        return False
+    known = architecture.bias or (architecture.input_norm == "layer" and axes.statistics != "weights")
+    return known or axes.mean == "measured"

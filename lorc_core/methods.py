@@ -1,43 +1,199 @@
-"""The methods lorc knows, by name: points on the axes of one formula."""
+"""The methods lorc knows: points on the axes of one formula, by name."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args
 
+from lorc_core.architecture import KINDS, Architecture, Kind
+from lorc_core.blocks import Partition, check_block, partition_of
 from lorc_core.errors import ConfigError
 
-Statistics = Literal["weights", "weights_with_gain"]
-Reader = Literal["none", "interaction"]
+Statistics = Literal["weights", "weights_with_gain", "calibration"]
+Reader = Literal["none", "stacked", "interaction"]
+Space = Literal["pre_rope", "post_rope"]
+Gqa = Literal["stack", "sum"]
+Mean = Literal["known", "measured"]
+CHOICES = {"statistics": Statistics, "reader": Reader, "space": Space, "gqa": Gqa, "mean": Mean}
+
+
+@dataclass(frozen=True)
+class Axes:
+    """How the projections of keys, or of values, are chosen.
+
+    Attributes:
+        statistics: Where second moments come from: `weights` (C = W W^T), `weights_with_gain` (the input norm folded
+            in) or `calibration` (measured on text).
+        reader: Whose error is minimised: the states' own (`none`), that of what queries or W_o read of them
+            (`interaction`), or nearly so by an orthogonal projector on the top of C + M (`stacked`).
+        block: `joint`, `group(h)`, `head` or `frequency`; see `Partition`.
+        space: Keys before or after the rotation; the same where there is none, and for values.
+        gqa: Query heads that share a kv head are stacked, as is right, or summed, for comparison.
+        mean: The constant that every projection keeps: the one known from biases, or the one measured on text.
+    """
+
+    statistics: Statistics
+    reader: Reader = "none"
+    block: str = "joint"
+    space: Space = "pre_rope"
+    gqa: Gqa = "stack"
+    mean: Mean = "known"
+
+    def __post_init__(self) -> None:
+        check_block(self.block)
+        for name, choice in CHOICES.items():
+            if getattr(self, name) not in get_args(choice):
+                allowed = ", ".join(get_args(choice))
+                raise ConfigError(f"{name} {getattr(self, name)!r} is not known; known are {allowed}")
+        if self.block == "frequency" and self.space != "post_rope":
+            raise ConfigError("block frequency needs space post_rope: its latents are cached rotated")
+        if self.mean == "measured" and (self.statistics != "calibration" or self.space == "post_rope"):
+            raise ConfigError("mean measured needs statistics calibration and space pre_rope")
+
+    def rotated(self, architecture: Architecture) -> bool:
+        """Whether the cached states of a model are rotated ones."""
+        return architecture.rotary and self.space == "post_rope"
+
+    def partition(self, architecture: Architecture) -> Partition:
+        """The blocks of one layer of a model; ConfigError where it cannot have them."""
+        rotary = architecture.rotary
+        return partition_of(self.block, architecture.num_kv_heads, architecture.head_dim, rotary=rotary)
 
 
 @dataclass(frozen=True)
 class Method:
-    """How projections are chosen.
+    """How one model's keys and values are projected.
 
     Attributes:
-        name: In zoo files.
-        statistics: What the states' second moment is taken from: W W^T, or that with the input norm's gain folded in.
-        reader: Whose error is minimised: the states' own, or that of what queries and W_o read of them.
-        schedule: That of its source.
-        source: Where it was published.
+        name: In zoo files and tables.
+        keys: Axes of the keys.
+        values: Axes of the values; without rotation, so always `pre_rope`, and never by `frequency`.
+        schedule: The one of its source.
+        source: Where it was published, and how far this is that.
+        layers: Other methods for single layers, by layer.
     """
 
     name: str
-    statistics: Statistics
-    reader: Reader
+    keys: Axes
+    values: Axes
     schedule: str
     source: str
+    layers: Mapping[int, "Method"] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.values.space != "pre_rope" or self.values.block == "frequency":
+            raise ConfigError("values are not rotated: their space is pre_rope, and their block not frequency")
+
+    def at(self, layer_idx: int) -> "Method":
+        """The method of one layer."""
+        return self.layers.get(layer_idx, self)
+
+    def axes(self, layer_idx: int, kind: Kind) -> Axes:
+        method = self.at(layer_idx)
+        return method.keys if kind == "keys" else method.values
+
+    @property
+    def needs_calibration(self) -> bool:
+        everything = (self, *self.layers.values())
+        return any(axes.statistics == "calibration" for one in everything for axes in (one.keys, one.values))
+
+    def check(self, architecture: Architecture) -> None:
+        """Raise ConfigError where a model cannot be compressed so; the message says why."""
+        for layer_idx in self.layers:
+            if not 0 <= layer_idx < architecture.num_layers:
+                raise ConfigError(
+                    f"method {self.name}: layer {layer_idx} does not exist; layers are 0..{architecture.num_layers - 1}"
+                )
+        for method in (self, *self.layers.values()):
+            for kind in KINDS:
+                try:
+                    method.axes(-1, kind).partition(architecture)
+                except ConfigError as error:
+                    raise ConfigError(f"method {method.name}, {kind}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; the inverse is `method_from_dict`."""
+        return asdict(replace(self, layers={})) | {"layers": {str(idx): m.to_dict() for idx, m in self.layers.items()}}
+
+
+def method_from_dict(saved: Mapping[str, Any]) -> Method:
+    """The inverse of `Method.to_dict`."""
+    layers = {int(idx): method_from_dict(method) for idx, method in saved["layers"].items()}
+    axes = {kind: Axes(**saved[kind]) for kind in KINDS}
+    return Method(saved["name"], axes["keys"], axes["values"], saved["schedule"], saved["source"], layers)
+
+
+def both(axes: Axes, **keys: Any) -> tuple[Axes, Axes]:
+    """The same axes for keys and values, but for those given for the keys."""
+    return replace(axes, **keys), axes
+
+
+PER_HEAD = Axes("calibration", block="head")
 
 METHODS = {
     method.name: method
     for method in (
-        Method("lorc", "weights", "none", "progressive", "LoRC, arXiv 2410.03111: SVD of W_k and W_v"),
+        Method(
+            "lorc",
+            *both(Axes("weights")),
+            schedule="progressive",
+            source="LoRC, arXiv 2410.03111: truncated SVD of W_k and W_v",
+        ),
         Method(
             "lorc_q",
-            "weights_with_gain",
-            "interaction",
-            "energy",
-            "lorc: needs no data and knows its readers, W_q and W_o, with the norm's gain; as KQ-SVD, arXiv 2512.05916",
+            *both(Axes("weights_with_gain", "interaction")),
+            schedule="energy",
+            source="lorc's own: no data, but the input norm's gain and the readers W_q and W_o (as KQ-SVD)",
+        ),
+        Method(
+            "kq_joint",
+            *both(Axes("calibration", "interaction")),
+            schedule="energy",
+            source="lorc's own: KQ-SVD's objective over all kv heads of a layer at once, before the rotation",
+        ),
+        Method(
+            "k_svd",
+            *both(PER_HEAD, space="post_rope"),
+            schedule="uniform",
+            source="SVD of each head's cached keys and values alone, the baseline of KQ-SVD, arXiv 2512.05916",
+        ),
+        Method(
+            "eigen",
+            keys=replace(PER_HEAD, reader="stacked", space="post_rope"),
+            values=PER_HEAD,
+            schedule="error_budget",
+            source="Eigen Attention, arXiv 2408.05646: keys by the SVD of [K; Q], values by their own",
+        ),
+        Method(
+            "kq_svd",
+            *both(replace(PER_HEAD, reader="interaction"), space="post_rope"),
+            schedule="energy",
+            source="KQ-SVD, arXiv 2512.05916: the best projection of K Q^T and of V W_o, per kv head",
+        ),
+        Method(
+            "palu",
+            *both(Axes("calibration", block="group(4)")),
+            schedule="fisher",
+            source="Palu, arXiv 2407.21118: whitened SVD of the weights of groups of 4 heads",
+        ),
+        Method(
+            "zack",
+            *both(replace(PER_HEAD, reader="stacked"), space="post_rope"),
+            schedule="sensitivity",
+            source="Zack, arXiv 2408.04107, from its abstract (the full text was not at hand): rotation by the SVD of "
+            "[K; Q] and of [V; W_o] per head",
+        ),
+        Method(
+            "kv_heads",
+            *both(Axes("calibration", block="group(2)")),
+            schedule="uniform",
+            source="Effectively Compress KV Heads, arXiv 2406.07056 (SVD-a): at half of the cache two heads become one",
+        ),
+        Method(
+            "phasor_freq",
+            keys=Axes("calibration", "interaction", "frequency", "post_rope"),
+            values=Axes("calibration", "interaction"),
+            schedule="energy",
+            source="PhasorKV's freq layout: one complex block per rotary frequency; values joint",
         ),
     )
 }
@@ -48,3 +204,11 @@ def known_method(name: str) -> Method:
     if name not in METHODS:
         raise ConfigError(f"method {name!r} is not known; known are {', '.join(sorted(METHODS))}")
     return METHODS[name]
+
+
+def changed_axes(axes: Axes, changes: Mapping[str, Any]) -> Axes:
+    """`axes` with other fields; ConfigError names an unknown one."""
+    allowed = [one.name for one in fields(Axes)]
+    if unknown := sorted(set(changes) - set(allowed)):
+        raise ConfigError(f"unknown axis {unknown[0]!r}; axes are {', '.join(allowed)}")
+    return replace(axes, **changes)

@@ -1,17 +1,18 @@
 """Run a model on a compressed cache, without rewriting the model.
 
-A pre-hook on each attention module swaps the cache for a view that hands *latents* to the real cache, and the
-rotation for the identity, so that keys arrive unrotated. A registered attention function rebuilds keys and values
-from the latents, rotates queries and keys, and calls the implementation the model had before.
+A pre-hook on each attention module swaps the cache for a view that hands *latents* to the real cache and, for keys
+compressed before the rotation, the rotation for the identity. A registered attention function rebuilds keys and values
+from the latents, rotates what arrived unrotated, and calls the implementation the model had before. Calibration looks
+at a model's queries, keys and values through the same hooks.
 
 Shapes: B batch, H query heads, G kv heads, D head_dim, Q new tokens, S cached and new tokens, K rank, N = G * D.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +26,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, Cache, PreTra
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lorc_core.architecture import KINDS, Kind, architecture_of
+from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
 from lorc_core.checkpoint import Checkpoint, model_directory
 from lorc_core.errors import ArtifactError, ConfigError, UnsupportedModelError
 from lorc_core.projection import Factors
@@ -44,24 +45,58 @@ class Call:
 
     rotation: Rotation | None
     position_ids: Int[Tensor, "#b q"] | None
+    inputs: Float[Tensor, "b q i"] | None = None
     past: int | Tensor = 0
     first_slot: int = 0
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What one attention module is about to attend with, before and after the rotation (the same where there is none).
+
+    Queries are those whose logits are scaled by head_dim ** -0.5. `attend` is the module's own attention on other
+    rotated keys or values, without the output projection.
+    """
+
+    module: nn.Module
+    inputs: Float[Tensor, "b q i"]
+    query: Float[Tensor, "b h q d"]
+    key: Float[Tensor, "b g s d"]
+    value: Float[Tensor, "b g s d"]
+    rotated_query: Float[Tensor, "b h q d"]
+    rotated_key: Float[Tensor, "b g s d"]
+    rotation: Rotation | None
+    attend: Callable[[Tensor, Tensor], Float[Tensor, "b q h d"]]
+
+
+LayerFactors = dict[Kind, Factors | None]
+
+
 @dataclass
 class LayerState:
-    """The factors of one attention module, on its device, and the call in progress."""
+    """The factors of one attention module, on its device, what looks at it, and the call in progress."""
 
-    factors: dict[Kind, Factors | None]
-    offsets: dict[Kind, Tensor | None]
+    factors: LayerFactors
     rotary: nn.Module | None
     num_kv_heads: int
     positions: "RowPositions"
+    observe: Callable[[Observed], None] | None = None
     call: Call | None = None
 
     @property
     def unrotates_keys(self) -> bool:
-        return self.rotary is not None and self.factors["keys"] is not None
+        """Whether keys must arrive before their rotation."""
+        keys = self.factors["keys"]
+        return self.rotary is not None and (self.observe is not None or (keys is not None and not keys.rotated))
+
+    @cached_property
+    def offsets(self) -> dict[Kind, Tensor | None]:
+        return {kind: found.offset() if found else None for kind, found in self.factors.items()}
+
+    def use(self, factors: LayerFactors) -> None:
+        """Take other factors; they must be on the module's device and in its dtype."""
+        self.factors = factors
+        self.__dict__.pop("offsets", None)
 
 
 class LatentCache:
@@ -146,8 +181,7 @@ def project_down(states: Float[Tensor, "b g q d"], factors: Factors | None) -> F
     """(B, G, Q, D) states to (B, 1, Q, K) latents; unchanged without factors."""
     if factors is None:
         return states
-    joint = states.transpose(1, 2).flatten(2)
-    return (joint @ factors.down.T).unsqueeze(1)
+    return factors.project_down(states.transpose(1, 2).flatten(2)).unsqueeze(1)
 
 
 def rebuild(latents: Float[Tensor, "b _ s _"], state: LayerState, kind: Kind) -> Float[Tensor, "b g s d"]:
@@ -155,10 +189,18 @@ def rebuild(latents: Float[Tensor, "b _ s _"], state: LayerState, kind: Kind) ->
     factors, offset = state.factors[kind], state.offsets[kind]
     if factors is None:
         return latents
-    joint = latents.squeeze(1) @ factors.up.T
+    joint = factors.rebuild(latents.squeeze(1))
     if offset is not None:
         joint = joint + offset
     return joint.unflatten(-1, (state.num_kv_heads, -1)).transpose(1, 2)
+
+
+def project_states(states: Float[Tensor, "b g s d"], factors: Factors) -> Float[Tensor, "b g s d"]:
+    """The states that a cache of their latents gives back."""
+    joint = factors.rebuild(factors.project_down(states.transpose(1, 2).flatten(2)))
+    offset = factors.offset()
+    joint = joint if offset is None else joint + offset
+    return joint.unflatten(-1, (states.shape[1], -1)).transpose(1, 2)
 
 
 def rotate(states: Float[Tensor, "b h s d"], rotation: Rotation) -> Float[Tensor, "b h s d"]:
@@ -202,12 +244,21 @@ def latent_attention(
         return attend(module, query, key, value, attention_mask, **kwargs)
     call, state.call = state.call, None
     assert call is not None
-    key = rebuild(key, state, "keys")
-    value = rebuild(value, state, "values")
+    key, value = rebuild(key, state, "keys"), rebuild(value, state, "values")
+    rotated_key, rotated_query = key, query
     if call.rotation is not None:
-        key = rotate(key, key_rotation(state, call, key, query.shape[-2]))
-        query = rotate(query, call.rotation)
-    return attend(module, query, key, value, attention_mask, **kwargs)
+        rotated_key = rotate(key, key_rotation(state, call, key, query.shape[-2]))
+        rotated_query = rotate(query, call.rotation)
+    if state.observe is not None:
+
+        def attend_with(keys: Tensor, values: Tensor) -> Tensor:
+            return attend(module, rotated_query, keys, values, attention_mask, **kwargs)[0]
+
+        assert call.inputs is not None
+        scale = kwargs["scaling"] * query.shape[-1] ** 0.5  # OPT scales its queries itself, not the logits
+        states = (query * scale, key, value, rotated_query * scale, rotated_key)
+        state.observe(Observed(module, call.inputs, *states, call.rotation, attend_with))
+    return attend(module, rotated_query, rotated_key, value, attention_mask, **kwargs)
 
 
 def implementation(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -226,17 +277,30 @@ def enter_attention(
     if rotation is not None:
         cos, _ = rotation
         kwargs["position_embeddings"] = (torch.ones_like(cos[:1, :1]), torch.zeros_like(cos[:1, :1]))
-    state.call = Call(rotation, position_ids)
+    inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    state.call = Call(rotation, position_ids, inputs)
     kwargs["past_key_values"] = LatentCache(kwargs.get("past_key_values"), state)
     return args, kwargs
 
 
 class Attachment:
-    """A variant attached to a model, until `detach` or the end of the `with` block."""
+    """Factors, or observers, attached to a model until `detach` or the end of the `with` block.
 
-    def __init__(self, model: PreTrainedModel, variant: Variant) -> None:
+    `layers[layer_idx]` is None where a layer is left alone.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        factors: Sequence[LayerFactors],
+        observers: Sequence[Callable[[Observed], None] | None] | None = None,
+    ) -> None:
         self.model = model
-        self.variant = variant
+        self.architecture = architecture
+        self.layers: list[LayerState | None] = []
+        self._factors = factors
+        self._observers = observers or [None for _ in factors]
         self._underlying = model.config._attn_implementation
         self._handles: list[RemovableHandle] = []
         self._modules: list[nn.Module] = []
@@ -260,29 +324,42 @@ class Attachment:
     ) -> None:
         self.detach()
 
-    def _hook(self, layer_idx: int, factors: dict[Kind, Factors | None]) -> None:
+    def _hook(self, layer_idx: int, factors: LayerFactors, observe: Callable[[Observed], None] | None) -> LayerState:
         base = self.model.base_model
-        module = base.get_submodule(self.variant.architecture.attention_module(layer_idx))
+        module = base.get_submodule(self.architecture.attention_module(layer_idx))
         dtype, device = next(module.parameters()).dtype, execution_device(module)
         placed = {kind: found.to(device, dtype) if found else None for kind, found in factors.items()}
-        rotary = base.get_submodule("rotary_emb") if self.variant.architecture.rotary else None
-        offsets = {kind: found.offset() if found else None for kind, found in placed.items()}
-        heads = self.variant.architecture.num_kv_heads
-        state = LayerState(placed, offsets, rotary, heads, self._positions)
+        rotary = base.get_submodule("rotary_emb") if self.architecture.rotary else None
+        state = LayerState(placed, rotary, self.architecture.num_kv_heads, self._positions, observe)
         setattr(module, STATE_ATTRIBUTE, state)
         self._modules.append(module)
         self._handles.append(module.register_forward_pre_hook(partial(enter_attention, state), with_kwargs=True))
+        return state
 
-    def start(self) -> None:
-        """Hook the layers; a failure leaves the model as it was."""
+    def use(self, factors: Sequence[LayerFactors]) -> None:
+        """Take other factors, on each module's device and in its dtype; layers that were left alone stay so."""
+        for state, found in zip(self.layers, factors, strict=True):
+            if state is not None:
+                state.use(found)
+
+    def start(self) -> "Attachment":
+        """Hook the layers; a failure leaves the model as it was.
+
+        Raises:
+            ConfigError: Something is attached already.
+            UnsupportedModelError: The model does not use transformers' attention interface.
+        """
+        if ATTACHMENT_ATTRIBUTE in self.model.__dict__:
+            raise ConfigError("a variant is attached to this model already; detach it first")
         self.model.__dict__[ATTACHMENT_ATTRIBUTE] = self
         with ExitStack() as undo:
             undo.callback(self.detach)
             use_latent_attention(self.model, self._underlying)
-            for layer_idx, factors in enumerate(self.variant.factors):
-                if any(factors.values()):
-                    self._hook(layer_idx, factors)
+            for layer_idx, (factors, observe) in enumerate(zip(self._factors, self._observers, strict=True)):
+                idle = observe is None and not any(factors.values())
+                self.layers.append(None if idle else self._hook(layer_idx, factors, observe))
             undo.pop_all()
+        return self
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -323,11 +400,7 @@ def attach(model: PreTrainedModel, variant: Variant) -> Attachment:
     found = architecture_of(model.config)
     if found != variant.architecture:
         raise ConfigError(f"the variant is for {variant.architecture}, the model is {found}")
-    if ATTACHMENT_ATTRIBUTE in model.__dict__:
-        raise ConfigError("a variant is attached to this model already; detach it first")
-    attachment = Attachment(model, variant)
-    attachment.start()
-    return attachment
+    return Attachment(model, found, variant.factors).start()
 
 
 def load(variant_dir: Path | str, *, base: Path | str | None = None, **from_pretrained_kwargs: Any) -> PreTrainedModel:

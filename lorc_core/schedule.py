@@ -1,76 +1,43 @@
 """From the spectra of all layers to a rank for each: the aggregator.
 
-A schedule is a frozen dataclass; its fields are its configuration. All meet a target share of cached floats
-or say what they can reach.
+A schedule is a frozen dataclass; its fields are its configuration. Each is a family of ranks that grows with one number
+in [0, 1]; the member nearest to the target share of cached floats is chosen, or the reachable range is said.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
+
+from lorc_core.architecture import KINDS, Kind
 from lorc_core.errors import ConfigError, NumericsError
+from lorc_core.spectra import (
+    Climb,
+    CurvePoint,
+    Energies,
+    ErrorLevel,
+    KindSpectrum,
+    LayerRanks,
+    LayerSpectrum,
+    Probes,
+    RankSchedule,
+    Staircase,
+)
 
 KEPT_FRACTION_TOLERANCE = 0.01
+Probe = Literal["fisher", "errors", "curves"]
 
 
 @dataclass(frozen=True)
-class KindSpectrum:
-    """What the schedules read of one layer's keys or values.
-
-    `log10_condition` is the weight's; the rest are energies, falling: squared singular values of the weight,
-    eigenvalues of the states' second moment, and what each direction saves of the error that the method minimises.
-    """
-
-    log10_condition: float
-    weights: tuple[float, ...] = ()
-    states: tuple[float, ...] = ()
-    read: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class LayerSpectrum:
-    """What the schedules read of one layer."""
-
-    kv_width: int
-    keys: KindSpectrum
-    values: KindSpectrum
-
-
-@dataclass(frozen=True)
-class LayerRanks:
-    """Latent floats cached per token by one layer."""
-
-    keys: int
-    values: int
-
-
-@dataclass(frozen=True)
-class RankSchedule:
-    """Ranks for every layer. `note` says where the schedule left its source's form."""
-
-    layers: tuple[LayerRanks, ...]
-    kv_width: int
-    note: str = ""
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> "RankSchedule":
-        """The inverse of `dataclasses.asdict`."""
-        return cls(tuple(LayerRanks(**layer) for layer in saved["layers"]), saved["kv_width"], saved["note"])
-
-    @property
-    def floats_per_token(self) -> int:
-        return sum(layer.keys + layer.values for layer in self.layers)
-
-    @property
-    def kept_fraction(self) -> float:
-        return self.floats_per_token / (2 * self.kv_width * len(self.layers))
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """The same rank everywhere.
+class Schedule(ABC):
+    """What all schedules share.
 
     Attributes:
         rank_multiple: Ranks are multiples of this, or the full width.
@@ -79,168 +46,242 @@ class Uniform:
 
     rank_multiple: int = 1
     skip_layers: tuple[int, ...] = ()
-    name: str = field(default="uniform", init=False)
+    name: str = field(default="", init=False)
+    probe: ClassVar[Probe | None] = None
 
     def __post_init__(self) -> None:
         check_positive(rank_multiple=self.rank_multiple)
 
-    def ranks(self, spectra: Sequence[LayerSpectrum], kept_fraction: float) -> RankSchedule:
+    def ranks(
+        self, spectra: Sequence[LayerSpectrum], kept_fraction: float, probes: Probes | None = None
+    ) -> RankSchedule:
         """Ranks whose kept fraction is within 0.01, or one rank step, of the target.
 
         Args:
-            spectra: One per layer.
+            spectra: One per layer, first layer first.
             kept_fraction: Target share of cached floats, in (0, 1].
+            probes: What the schedule measures on calibration text, if it measures anything.
 
         Raises:
-            ConfigError: The target is out of reach; the message gives the range.
+            ConfigError: The target is out of reach (the message gives the range), a field does not fit the model, or
+                a measurement is absent.
+            NumericsError: The schedule is undefined for these spectra; the message names the layer.
         """
+        check_kept_fraction(kept_fraction)
         width = spectra[0].kv_width
         check_at_most(width, rank_multiple=self.rank_multiple)
-        skipped = checked_skips(self.skip_layers, len(spectra))
+        probes = probes or Probes()
+        if self.probe is not None and not getattr(probes, self.probe):
+            raise ConfigError(f"the {self.name} schedule needs calibration text")
+        stairs = self.stairs(spectra, probes)
+        climb = self.climb(spectra, stairs, probes)
+        share = fit(climb, stairs, kept_fraction, self.name)
+        return climbed_ranks(stairs, climb(share), width, self.note(share, spectra, probes))
 
-        def ranks_at(share: float) -> list[int]:
-            rank = round_rank(share * width, width, self.rank_multiple)
-            return [width if layer_idx in skipped else rank for layer_idx in range(len(spectra))]
+    def stairs(self, spectra: Sequence[LayerSpectrum], probes: Probes) -> list[Staircase]:
+        """The rank steps of each layer's keys and values in turn."""
+        skipped = self.skipped(spectra)
+        return [
+            Staircase(
+                spectrum.of(kind).partition,
+                self.gains(spectrum.of(kind), idx, kind, probes),
+                self.rank_multiple,
+                always_full=idx in skipped,
+            )
+            for idx, spectrum in enumerate(spectra)
+            for kind in KINDS
+        ]
 
-        ranks, _ = fit(ranks_at, width, kept_fraction, self.name)
-        return RankSchedule(tuple(LayerRanks(rank, rank) for rank in ranks), width)
+    def skipped(self, spectra: Sequence[LayerSpectrum]) -> set[int]:
+        """Layers left uncompressed."""
+        return checked_skips(self.skip_layers, len(spectra))
+
+    def gains(self, spectrum: KindSpectrum, layer_idx: int, kind: Kind, probes: Probes) -> Energies:
+        """What each direction of each block is worth; decides how blocks share a layer's floats."""
+        return shares(spectrum.read)
+
+    @abstractmethod
+    def climb(self, spectra: Sequence[LayerSpectrum], stairs: Sequence[Staircase], probes: Probes) -> Climb:
+        """The family of ranks."""
+
+    def note(self, share: float, spectra: Sequence[LayerSpectrum], probes: Probes) -> str:
+        return ""
 
 
 @dataclass(frozen=True)
-class Progressive:
+class Uniform(Schedule):
+    """The same share of every layer's keys and values."""
+
+    name: str = field(default="uniform", init=False)
+
+    def climb(self, spectra: Sequence[LayerSpectrum], stairs: Sequence[Staircase], probes: Probes) -> Climb:
+        return lambda share: [stair.nearest(share * stair.totals[-1]) for stair in stairs]
+
+
+@dataclass(frozen=True)
+class Progressive(Schedule):
     """LoRC's ramp: layers are cut the more, the smaller their cumulative condition number (Eq. 12 and 13).
 
-    d_max is the full width and d_min is solved for the target. Where d_min has reached `min_rank` and the target
-    is lower still, d_max is lowered, which the paper does not do; the schedule's note then says so.
+    d_max is the full width and d_min is solved for the target. Where d_min has reached `min_rank` and the target is
+    lower still, d_max is lowered, which the paper does not do; the schedule's note then says so. Keys and values of a
+    layer get the same.
 
     Attributes:
-        rank_multiple: Ranks are multiples of this, or the full width.
         min_rank: Least rank of any layer, rounded up to a multiple.
-        skip_layers: Layers left uncompressed.
         skip_above_log10_condition: Layers whose cumulative log10 condition number is above are left uncompressed.
 
     Source: LoRC, arXiv 2410.03111, section 3.3
     """
 
-    rank_multiple: int = 1
     min_rank: int = 1
-    skip_layers: tuple[int, ...] = ()
     skip_above_log10_condition: float | None = None
     name: str = field(default="progressive", init=False)
 
     def __post_init__(self) -> None:
         check_positive(rank_multiple=self.rank_multiple, min_rank=self.min_rank)
 
-    def ranks(self, spectra: Sequence[LayerSpectrum], kept_fraction: float) -> RankSchedule:
-        """Ranks, the same for keys and values, within 0.01 or one rank step of the target.
-
-        Args:
-            spectra: One per layer, first layer first.
-            kept_fraction: Target share of cached floats, in (0, 1].
-
-        Raises:
-            ConfigError: The target is out of reach; the message gives the range.
-            NumericsError: A condition number is infinite; the message names the layer.
-        """
-        width = spectra[0].kv_width
-        check_at_most(width, rank_multiple=self.rank_multiple, min_rank=self.min_rank)
-        least = min(width, self.rank_multiple * math.ceil(self.min_rank / self.rank_multiple))
-        cumulative = cumulative_log10_condition(spectra)
-        skipped = checked_skips(self.skip_layers, len(spectra))
+    def skipped(self, spectra: Sequence[LayerSpectrum]) -> set[int]:
+        check_at_most(spectra[0].kv_width, min_rank=self.min_rank)
+        skipped = super().skipped(spectra)
         if self.skip_above_log10_condition is not None:
-            skipped |= {i for i, value in enumerate(cumulative) if value > self.skip_above_log10_condition}
-        depths = ramp_depths(cumulative)
+            cumulative = cumulative_log10_condition(spectra)
+            skipped |= {idx for idx, value in enumerate(cumulative) if value > self.skip_above_log10_condition}
+        return skipped
 
-        def limits(share: float) -> tuple[float, float]:
-            """(d_max, d_min): the lower half of the shares lowers d_max, the upper half raises d_min."""
-            room = width - least
-            return least + room * min(2 * share, 1.0), least + room * max(2 * share - 1, 0.0)
+    def limits(self, share: float, width: int) -> tuple[float, float]:
+        """(d_max, d_min): the lower half of the shares lowers d_max, the upper half raises d_min."""
+        least = min(width, self.rank_multiple * math.ceil(self.min_rank / self.rank_multiple))
+        room = width - least
+        return least + room * min(2 * share, 1.0), least + room * max(2 * share - 1, 0.0)
 
-        def ranks_at(share: float) -> list[int]:
-            d_max, d_min = limits(share)
-            ramp = [d_max * (1 - depth * (1 - d_min / d_max)) for depth in depths]
-            ranks = [max(round_rank(rank, width, self.rank_multiple), least) for rank in ramp]
-            return [width if layer_idx in skipped else rank for layer_idx, rank in enumerate(ranks)]
+    def climb(self, spectra: Sequence[LayerSpectrum], stairs: Sequence[Staircase], probes: Probes) -> Climb:
+        width = spectra[0].kv_width
+        least, _ = self.limits(0.0, width)
+        depths = ramp_depths(cumulative_log10_condition(spectra))
 
-        ranks, share = fit(ranks_at, width, kept_fraction, self.name)
-        d_max, _ = limits(share)
-        note = f"d_max lowered to {d_max:.0f}" if round(d_max) < width else ""
-        return RankSchedule(tuple(LayerRanks(rank, rank) for rank in ranks), width, note)
+        def climbed(share: float) -> list[int]:
+            d_max, d_min = self.limits(share, width)
+            ramp = [max(d_max * (1 - depth * (1 - d_min / d_max)), least) for depth in depths]
+            return [stair.nearest(ramp[idx // len(KINDS)]) for idx, stair in enumerate(stairs)]
+
+        return climbed
+
+    def note(self, share: float, spectra: Sequence[LayerSpectrum], probes: Probes) -> str:
+        width = spectra[0].kv_width
+        d_max, _ = self.limits(share, width)
+        return f"d_max lowered to {d_max:.0f}" if round(d_max) < width else ""
 
 
 @dataclass(frozen=True)
-class Energy:
+class Energy(Schedule):
     """One water level over all layers and both kinds: the directions with the largest share of their layer's energy.
 
     Attributes:
         spectrum: Whose energies are levelled: the weights', the states', or those of what is read.
-        rank_multiple: Ranks are multiples of this, or the full width.
-        skip_layers: Layers left uncompressed.
     """
 
     spectrum: Literal["weights", "states", "read"] = "read"
-    rank_multiple: int = 1
-    skip_layers: tuple[int, ...] = ()
     name: str = field(default="energy", init=False)
 
-    def __post_init__(self) -> None:
-        check_positive(rank_multiple=self.rank_multiple)
+    def gains(self, spectrum: KindSpectrum, layer_idx: int, kind: Kind, probes: Probes) -> Energies:
+        return shares(getattr(spectrum, self.spectrum))
 
-    def ranks(self, spectra: Sequence[LayerSpectrum], kept_fraction: float) -> RankSchedule:
-        """Ranks, of keys and values apart, within 0.01 or one rank step of the target.
-
-        Args:
-            spectra: One per layer.
-            kept_fraction: Target share of cached floats, in (0, 1].
-
-        Raises:
-            ConfigError: The target is out of reach; the message gives the range.
-        """
-        check_kept_fraction(kept_fraction)
-        width = spectra[0].kv_width
-        check_at_most(width, rank_multiple=self.rank_multiple)
-        skipped = checked_skips(self.skip_layers, len(spectra))
-        ranks = {
-            (idx, kind): width if idx in skipped else self.rank_multiple
-            for idx in range(len(spectra))
-            for kind in ("keys", "values")
-        }
-        target = kept_fraction * 2 * width * len(spectra)
-        least = sum(ranks.values())
-        if target < least - KEPT_FRACTION_TOLERANCE * 2 * width * len(spectra):
-            raise ConfigError(
-                f"energy: kept_fraction {kept_fraction} cannot be reached; "
-                f"reachable is {least / (2 * width * len(spectra)):.3f}..1.000"
-            )
-        total = least
-        for _, idx, kind, start, stop in self._steps(spectra, skipped):
-            if total + (stop - start) / 2 > target:
-                break
-            ranks[idx, kind] = stop
-            total += stop - start
-        layers = tuple(LayerRanks(ranks[idx, "keys"], ranks[idx, "values"]) for idx in range(len(spectra)))
-        return RankSchedule(layers, width)
-
-    def _steps(self, spectra: Sequence[LayerSpectrum], skipped: set[int]) -> list[tuple[float, int, str, int, int]]:
-        """Every further rank step of every layer and kind, the most energy per float first."""
-        steps = []
-        for idx, layer in enumerate(spectra):
-            if idx in skipped:
-                continue
-            for kind, found in (("keys", layer.keys), ("values", layer.values)):
-                energies = getattr(found, self.spectrum)
-                whole = sum(energies) or 1.0  # a weight of zeros has no direction worth a float
-                for start in range(self.rank_multiple, layer.kv_width, self.rank_multiple):
-                    stop = min(start + self.rank_multiple, layer.kv_width)
-                    steps.append((-sum(energies[start:stop]) / (whole * (stop - start)), idx, kind, start, stop))
-        return sorted(steps, key=lambda step: (step[0], step[3]))
+    def climb(self, spectra: Sequence[LayerSpectrum], stairs: Sequence[Staircase], probes: Probes) -> Climb:
+        return best_first(stairs)
 
 
-Schedule = Uniform | Progressive | Energy
-SCHEDULES: dict[str, type[Uniform] | type[Progressive] | type[Energy]] = {
+@dataclass(frozen=True)
+class Fisher(Schedule):
+    """Ranks proportional to each block's mean root Fisher information, up to its width.
+
+    Source: Palu, arXiv 2407.21118, section 3.3; its rounding of proportions is replaced by highest averages.
+    """
+
+    name: str = field(default="fisher", init=False)
+    probe: ClassVar[Probe | None] = "fisher"
+
+    def gains(self, spectrum: KindSpectrum, layer_idx: int, kind: Kind, probes: Probes) -> Energies:
+        by_channel = torch.tensor(probes.fisher[layer_idx][kind], dtype=torch.float64)
+        by_block = spectrum.partition.split(by_channel).mean(dim=-1).tolist()
+        return tuple(tuple(value / rank for rank in range(1, spectrum.partition.width + 1)) for value in by_block)
+
+    def climb(self, spectra: Sequence[LayerSpectrum], stairs: Sequence[Staircase], probes: Probes) -> Climb:
+        return best_first(stairs)
+
+
+@dataclass(frozen=True)
+class ErrorBudget(Schedule):
+    """The least ranks with which no layer's attention output is off by more than epsilon, on calibration text.
+
+    Keys and values of a layer fall together along a threshold of energy. Epsilon is solved for the target and noted.
+
+    Source: Eigen Attention, arXiv 2408.05646, section 4; there epsilon is given and the size follows.
+    """
+
+    name: str = field(default="error_budget", init=False)
+    probe: ClassVar[Probe | None] = "errors"
+
+    def epsilon(self, share: float, probes: Probes) -> float:
+        return (1 - share) * max(level.error for levels in probes.errors for level in levels)
+
+    def climb(self, spectra: Sequence[LayerSpectrum], stairs: Sequence[Staircase], probes: Probes) -> Climb:
+        ramps = [error_ramp(levels, spectra[0].kv_width) for levels in probes.errors]
+
+        def climbed(share: float) -> list[int]:
+            epsilon = self.epsilon(share, probes)
+            wanted = [floats for ramp in ramps for floats in floats_at(ramp, epsilon)]
+            return [stair.nearest(floats) for stair, floats in zip(stairs, wanted, strict=True)]
+
+        return climbed
+
+    def note(self, share: float, spectra: Sequence[LayerSpectrum], probes: Probes) -> str:
+        return f"epsilon {self.epsilon(share, probes):.3g}"
+
+
+@dataclass(frozen=True)
+class Sensitivity(Schedule):
+    """The ranks that measured curves of the loss say are best, then exchanged while the calibration loss falls.
+
+    Each layer's keys and values are compressed alone, to several ranks; the lower convex hulls of those curves are
+    climbed where the loss falls most per float.
+
+    Attributes:
+        num_rounds: Of exchanges, each of which measures every layer and kind twice.
+
+    Source: the curves are those of LoRC's Figure 3, arXiv 2410.03111, at several ranks instead of one.
+    """
+
+    num_rounds: int = 3
+    name: str = field(default="sensitivity", init=False)
+    probe: ClassVar[Probe | None] = "curves"
+
+    def climb(self, spectra: Sequence[LayerSpectrum], stairs: Sequence[Staircase], probes: Probes) -> Climb:
+        hulls = [lower_hull(layer[kind]) for layer in probes.curves for kind in KINDS]
+        segments = sorted(
+            ((right.rise - left.rise) / (right.floats - left.floats), left.floats, right.floats, idx)
+            for idx, hull in enumerate(hulls)
+            for left, right in itertools.pairwise(hull)
+        )
+        least = [hull[0].floats for hull in hulls]
+
+        def climbed(share: float) -> list[int]:
+            wanted: list[float] = list(least)
+            left = share * sum(stop - start for _, start, stop, _ in segments)
+            for _, start, stop, idx in segments:
+                wanted[idx] += min(left, stop - start)
+                left = max(left - (stop - start), 0)
+            return [stair.nearest(floats) for stair, floats in zip(stairs, wanted, strict=True)]
+
+        return climbed
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
     "uniform": Uniform,
     "progressive": Progressive,
     "energy": Energy,
+    "fisher": Fisher,
+    "error_budget": ErrorBudget,
+    "sensitivity": Sensitivity,
 }
 
 
@@ -251,6 +292,71 @@ def known_schedule(name: str, **fields: Any) -> Schedule:
     return SCHEDULES[name](**fields)
 
 
+def schedule_from_dict(saved: Mapping[str, Any]) -> Schedule:
+    """The inverse of `dataclasses.asdict`."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    return known_schedule(str(fields.pop("name")), **fields)
+
+
+def climbed_ranks(stairs: Sequence[Staircase], steps: Sequence[int], kv_width: int, note: str = "") -> RankSchedule:
+    """The ranks after so many steps of each staircase, keys and values of a layer in turn."""
+    found = [stair.ranks(count) for stair, count in zip(stairs, steps, strict=True)]
+    layers = tuple(LayerRanks(keys, values) for keys, values in zip(found[::2], found[1::2], strict=True))
+    return RankSchedule(layers, kv_width, note)
+
+
+def shares(energies: Energies) -> Energies:
+    """Of the whole of all blocks; a weight of zeros has no direction worth a float."""
+    whole = sum(map(sum, energies)) or 1.0
+    return tuple(tuple(value / whole for value in block) for block in energies)
+
+
+def best_first(stairs: Sequence[Staircase]) -> Climb:
+    """The steps of all staircases past their first, in the order of their gain per float."""
+    later = [(-step.gain, step.rank, idx) for idx, stair in enumerate(stairs) for step in stair.steps[1:]]
+    order = [idx for *_, idx in sorted(later, key=lambda step: step[:2])]
+
+    def climbed(share: float) -> list[int]:
+        taken = Counter(order[: round(share * len(order))])
+        return [1 + taken[idx] for idx in range(len(stairs))]
+
+    return climbed
+
+
+def error_ramp(levels: Sequence[ErrorLevel], kv_width: int) -> list[ErrorLevel]:
+    """Levels by rising error, from full width and no error, the error never falling as floats are cut."""
+    ramp = [ErrorLevel(kv_width, kv_width, 0.0)]
+    for level in sorted(levels, key=lambda level: -(level.keys + level.values)):
+        ramp.append(ErrorLevel(level.keys, level.values, max(level.error, ramp[-1].error)))
+    return ramp
+
+
+def floats_at(ramp: Sequence[ErrorLevel], epsilon: float) -> tuple[float, float]:
+    """Least floats of keys and values whose error is at most epsilon, on straight lines between levels."""
+    above = bisect_right(ramp, epsilon, key=lambda level: level.error)
+    if above == len(ramp):
+        return ramp[-1].keys, ramp[-1].values
+    within, beyond = ramp[above - 1], ramp[above]
+    part = (epsilon - within.error) / (beyond.error - within.error)
+    return within.keys + part * (beyond.keys - within.keys), within.values + part * (beyond.values - within.values)
+
+
+def lower_hull(points: Sequence[CurvePoint]) -> list[CurvePoint]:
+    """The convex curve below the points, by rising floats."""
+    hull: list[CurvePoint] = []
+    for point in sorted(points, key=lambda point: (point.floats, point.rise)):
+        if hull and hull[-1].floats == point.floats:
+            continue
+        while len(hull) > 1 and rise_per_float(hull[-2], point) <= rise_per_float(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def rise_per_float(left: CurvePoint, right: CurvePoint) -> float:
+    return (right.rise - left.rise) / (right.floats - left.floats)
+
+
 def cumulative_log10_condition(spectra: Sequence[LayerSpectrum]) -> list[float]:
     """log10 of Eq. 12 for each layer: the product over this and all deeper layers of kappa(W_k) kappa(W_v).
 
@@ -258,13 +364,13 @@ def cumulative_log10_condition(spectra: Sequence[LayerSpectrum]) -> list[float]:
         NumericsError: A condition number is infinite (a rank-deficient weight); the message names the layer.
     """
     for layer_idx, layer in enumerate(spectra):
-        for kind, spectrum in (("keys", layer.keys), ("values", layer.values)):
-            if math.isinf(spectrum.log10_condition):
+        for kind in KINDS:
+            if math.isinf(layer.of(kind).log10_condition):
                 raise NumericsError(
                     f"layer {layer_idx} {kind}: the weight is rank-deficient, its condition number infinite, so the "
-                    "progressive schedule is undefined; use the uniform schedule for this model"
+                    "progressive schedule is undefined; use another schedule for this model"
                 )
-    logs = [layer.keys.log10_condition + layer.values.log10_condition for layer in spectra]
+    logs = [sum(layer.of(kind).log10_condition for kind in KINDS) for layer in spectra]
     return list(accumulate(reversed(logs)))[::-1]
 
 
@@ -273,12 +379,6 @@ def ramp_depths(cumulative: Sequence[float]) -> list[float]:
     highest, lowest = max(cumulative), min(cumulative)
     spread = highest - lowest
     return [(highest - value) / spread if spread > 0 else 0.0 for value in cumulative]
-
-
-def round_rank(rank: float, width: int, multiple: int) -> int:
-    """The nearest allowed rank: a multiple of `multiple`, at least one multiple, or the full width."""
-    rounded = max(multiple, multiple * round(rank / multiple))
-    return width if rounded >= width or rank >= width else rounded
 
 
 def check_positive(**fields: int) -> None:
@@ -306,13 +406,16 @@ def check_kept_fraction(kept_fraction: float) -> None:
         raise ConfigError(f"kept_fraction must be in (0, 1], got {kept_fraction}")
 
 
-def fit(ranks_at: Callable[[float], list[int]], width: int, kept_fraction: float, name: str) -> tuple[list[int], float]:
-    """The member of a family of ranks, growing with a share in [0, 1], that is nearest to the target; and its share."""
-    check_kept_fraction(kept_fraction)
+def fit(climb: Climb, stairs: Sequence[Staircase], kept_fraction: float, name: str) -> float:
+    """The share at which a family of ranks is nearest to the target.
+
+    Raises:
+        ConfigError: The target is out of the family's reach.
+    """
+    full = sum(stair.totals[-1] for stair in stairs)
 
     def kept_at(share: float) -> float:
-        ranks = ranks_at(share)
-        return sum(ranks) / (width * len(ranks))
+        return sum(stair.totals[steps - 1] for stair, steps in zip(stairs, climb(share), strict=True)) / full
 
     least, most = kept_at(0.0), kept_at(1.0)
     if not least - KEPT_FRACTION_TOLERANCE <= kept_fraction <= most + KEPT_FRACTION_TOLERANCE:
@@ -323,5 +426,42 @@ def fit(ranks_at: Callable[[float], list[int]], width: int, kept_fraction: float
     for _ in range(60):  # past float64's resolution of the share
         middle = (low + high) / 2
         low, high = (middle, high) if kept_at(middle) < kept_fraction else (low, middle)
-    share = min(low, high, key=lambda found: abs(kept_at(found) - kept_fraction))
-    return ranks_at(share), share
+    return min(low, high, key=lambda share: abs(kept_at(share) - kept_fraction))
+
+
+def fit_bytes(
+    schedule: Schedule,
+    spectra: Sequence[LayerSpectrum],
+    probes: Probes | None,
+    needed_bytes: Callable[[RankSchedule], int],
+    budget_bytes: int,
+) -> RankSchedule:
+    """The largest ranks of a schedule whose cache and factors fit a budget.
+
+    Args:
+        schedule: Any.
+        spectra: One per layer.
+        probes: What the schedule measures, if it does.
+        needed_bytes: Of the cache and the factors that stay loaded beside the base model.
+        budget_bytes: What there is.
+
+    Raises:
+        ConfigError: Nothing that the schedule reaches fits.
+    """
+    found = schedule.ranks(spectra, 1.0, probes)
+    if needed_bytes(found) <= budget_bytes:
+        return found
+    low, high, best = 0.0, 1.0, None
+    for _ in range(14):  # kept fractions to 1e-4
+        kept = (low + high) / 2
+        try:
+            found = schedule.ranks(spectra, kept, probes)
+        except ConfigError:  # below what the schedule reaches
+            low = kept
+            continue
+        fits = needed_bytes(found) <= budget_bytes
+        best = found if fits else best
+        low, high = (kept, high) if fits else (low, kept)
+    if best is None:
+        raise ConfigError(f"{schedule.name}: no ranks make cache and factors fit {budget_bytes:,} bytes")
+    return best

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from lorc_core.architecture import KINDS, Architecture, Kind
 from lorc_core.errors import ArtifactError
-from lorc_core.methods import METHODS
+from lorc_core.methods import Method, method_from_dict
 from lorc_core.projection import Factors
-from lorc_core.schedule import RankSchedule
+from lorc_core.spectra import RankSchedule
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CONFIG_FILE = "lorc_config.json"
 FACTORS_FILE = "factors.safetensors"
 MANIFEST_FILE = "manifest.json"
@@ -48,7 +48,7 @@ class Variant:
 
     base: BaseModel
     architecture: Architecture
-    method: str
+    method: Method
     schedule: dict[str, Any]
     ranks: RankSchedule
     factors: tuple[dict[Kind, Factors | None], ...]
@@ -60,7 +60,7 @@ class Variant:
 
     def __repr__(self) -> str:
         return (
-            f"Variant({self.base.source}, {self.method}, {self.schedule['name']}, "
+            f"Variant({self.base.source}, {self.method.name}, {self.schedule['name']}, "
             f"kept_fraction={self.kept_fraction:.4f})"
         )
 
@@ -96,7 +96,7 @@ class Variant:
             "schema_version": SCHEMA_VERSION,
             "base": asdict(self.base),
             "architecture": self.architecture.to_dict(),
-            "method": self.method,
+            "method": self.method.to_dict(),
             "schedule": self.schedule,
             "ranks": asdict(self.ranks),
             "kept_fraction": self.kept_fraction,
@@ -120,35 +120,45 @@ def load_variant(directory: Path | str) -> Variant:
     tensors = load_file(directory / FACTORS_FILE)
     try:
         ranks = RankSchedule.from_dict(config["ranks"])
+        architecture, method = Architecture(**config["architecture"]), method_from_dict(config["method"])
         return Variant(
             base=BaseModel(**config["base"]),
-            architecture=Architecture(**config["architecture"]),
-            method=config["method"],
+            architecture=architecture,
+            method=method,
             schedule=config["schedule"],
             ranks=ranks,
             factors=tuple(
-                {kind: read_factors(directory, tensors, ranks, layer_idx, kind) for kind in KINDS}
-                for layer_idx in range(len(ranks.layers))
+                {
+                    kind: read_factors(directory, tensors, layer.of(kind), (layer_idx, kind), (method, architecture))
+                    for kind in KINDS
+                }
+                for layer_idx, layer in enumerate(ranks.layers)
             ),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{directory / CONFIG_FILE}: not a variant's config ({error})") from error
 
 
 def read_factors(
-    directory: Path, tensors: dict[str, torch.Tensor], ranks: RankSchedule, layer_idx: int, kind: Kind
+    directory: Path,
+    tensors: dict[str, torch.Tensor],
+    ranks: tuple[int, ...],
+    place: tuple[int, Kind],
+    made_by: tuple[Method, Architecture],
 ) -> Factors | None:
     """The factors that the schedule asks for; None where the full width is kept."""
-    rank, prefix = getattr(ranks.layers[layer_idx], kind), f"layers.{layer_idx}.{kind}"
-    if rank == ranks.kv_width:
+    method, architecture = made_by
+    axes, prefix = method.axes(*place), f"layers.{place[0]}.{place[1]}"
+    if sum(ranks) == architecture.kv_width:
         return None
+    partition = axes.partition(architecture)
     up = tensors.get(f"{prefix}.up")
-    if up is None or tuple(up.shape) != (ranks.kv_width, rank):
+    expected = (partition.width, sum(ranks))
+    if up is None or tuple(up.shape) != expected:
         found = "absent" if up is None else f"{tuple(up.shape)}"
-        raise ArtifactError(
-            f"{directory / FACTORS_FILE}: {prefix}.up must be ({ranks.kv_width}, {rank}), it is {found}"
-        )
-    return Factors(up, tensors.get(f"{prefix}.own_down"), tensors.get(f"{prefix}.mean"))
+        raise ArtifactError(f"{directory / FACTORS_FILE}: {prefix}.up must be {expected}, it is {found}")
+    own_down, mean = tensors.get(f"{prefix}.own_down"), tensors.get(f"{prefix}.mean")
+    return Factors(partition, ranks, up, own_down, mean, axes.rotated(architecture))
 
 
 def write_manifest(directory: Path) -> None:
@@ -188,17 +198,19 @@ def model_card(variant: Variant) -> str:
     """Markdown: what the variant is, what it saves, how to load it."""
     ranks = variant.ranks
     note = f" ({ranks.note})" if ranks.note else ""
-    rows = "\n".join(f"| {idx} | {layer.keys} | {layer.values} |" for idx, layer in enumerate(ranks.layers))
+    rows = "\n".join(
+        f"| {idx} | {layer.floats('keys')} | {layer.floats('values')} |" for idx, layer in enumerate(ranks.layers)
+    )
     floats = ranks.floats_per_token
     full = round(floats / variant.kept_fraction)
-    return f"""# {variant.base.source}, KV cache compressed by {variant.method}
+    return f"""# {variant.base.source}, KV cache compressed by {variant.method.name}
 
 Keeps {variant.kept_fraction:.4f} of the cached floats: {floats:,} of {full:,} per token
 ({floats * 2:,} bytes per token at 16 bit instead of {full * 2:,}).
-Method `{variant.method}` ({METHODS[variant.method].source}),
+Method `{variant.method.name}` ({variant.method.source}),
 schedule `{variant.schedule["name"]}`{note}, of {ranks.kv_width} floats per kind and layer:
 
-| layer | key rank | value rank |
+| layer | key floats | value floats |
 |---|---|---|
 {rows}
 

@@ -2,16 +2,22 @@
 
 import importlib.metadata
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from lorc_core.calibration import check_enough_tokens
 from lorc_core.errors import ConfigError
+from lorc_core.methods import Method
+from lorc_core.schedule import Probe
 from pipeline.models import ResolvedModel
 from pipeline.steps import Need, Step, Store
 from pipeline.texts import text_identity, tokenizer_identity
-from pipeline.zoo import VariantEntry, Zoo, variant_label
+from pipeline.zoo import Budget, Calibration, Evaluation, ModelEntry, TextEntry, VariantEntry, Zoo, variant_label
 
 GIB = 1024**3
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Float64 weight, Gram matrix, eigenvectors and workspace of one layer, over the bytes of its float64 weight and
 # of its square block; generous, since Ray only counts it.
 DECOMPOSE_COPIES = 6
@@ -30,89 +36,256 @@ class VariantSteps:
 
 @dataclass(frozen=True)
 class ModelSteps:
-    """The steps of one model; every budget shares the decompositions."""
+    """The steps of one model; every budget shares the decompositions.
+
+    `decompose` has each method's, by its name. `refused` has the labels of variants that the model cannot have, with
+    the reason.
+    """
 
     model: ResolvedModel
-    decompose: tuple[Step, ...]
+    decompose: dict[str, tuple[Step, ...]]
     windows: tuple[Step, ...]
     baseline: Step
     variants: tuple[VariantSteps, ...]
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The pinned calibration texts of one model and the steps that measure its moments on them, one per shard."""
+
+    settings: Calibration
+    windows: tuple[Step, ...]
+    shards: tuple[Step, ...]
 
 
 def model_steps(zoo: Zoo, model: ResolvedModel, store: Store, tracking_uri: str) -> ModelSteps:
     """All steps for one model of a zoo.
 
     Raises:
-        ConfigError: The evaluation windows are longer than the model's positions.
+        ConfigError: The windows are longer than the model's positions.
         ArtifactError: The model has no tokenizer.
     """
-    if zoo.evaluation.window_tokens > model.max_tokens:
-        raise ConfigError(
-            f"evaluation.window_tokens is {zoo.evaluation.window_tokens}, the model takes at most {model.max_tokens}"
-        )
-    decompositions = {
-        method: tuple(decompose_step(model, method, layer_idx) for layer_idx in range(model.architecture.num_layers))
-        for method in dict.fromkeys(entry.method for entry in zoo.variants)
-    }
-    windows = windows_steps(zoo, model, store)
+    check_window("evaluation", zoo.evaluation.window_tokens, model)
+    windows = windows_steps(model, zoo.evaluation.texts, zoo.evaluation, store)
+    calibrated = calibrated_steps(zoo, model, store)
     baseline = evaluate_step(zoo, model, windows, None)
-    variants = []
+    decompositions: dict[str, tuple[Step, ...]] = {}
+    variants, refused = [], []
     for entry in zoo.variants:
-        for kept_fraction in entry.kept_fraction:
-            scheduled = schedule_step(model, entry, kept_fraction, decompositions[entry.method])
-            written = variant_step(model, entry, scheduled, decompositions[entry.method])
+        for budget in entry.budgets:
+            label = variant_label(entry, budget)
+            try:
+                check_variant(zoo, model, entry)
+            except ConfigError as error:
+                refused.append((label, f"{label}: {error}"))
+                continue
+            layers = decompose_steps(model, entry.method, calibrated)
+            decompositions.setdefault(entry.method.name, layers)
+            scheduled = schedule_steps(model, entry, budget, layers, calibrated)
+            written = variant_step(model, entry, scheduled, layers, calibrated)
             evaluated = evaluate_step(zoo, model, windows, written)
-            label = variant_label(entry, kept_fraction)
             registered = register_step(zoo, model, label, (written, baseline, evaluated, windows), tracking_uri, store)
             variants.append(VariantSteps(label, scheduled, written, evaluated, registered))
-    return ModelSteps(
-        model, tuple(step for steps in decompositions.values() for step in steps), windows, baseline, tuple(variants)
+    return ModelSteps(model, decompositions, windows, baseline, tuple(variants), tuple(refused))
+
+
+def check_window(section: str, window_tokens: int, model: ResolvedModel) -> None:
+    if window_tokens > model.architecture.max_tokens:
+        raise ConfigError(
+            f"{section}.window_tokens is {window_tokens}, the model takes at most {model.architecture.max_tokens}"
+        )
+
+
+def check_variant(zoo: Zoo, model: ResolvedModel, entry: VariantEntry) -> None:
+    """Raise ConfigError where this model cannot be compressed so, or not with this calibration text or memory."""
+    entry.method.check(model.architecture)
+    if zoo.calibration is None:
+        return
+    if not zoo.calibration.allow_rank_deficient:
+        check_enough_tokens(entry.method, model.architecture, zoo.calibration.num_tokens)
+    if entry.schedule.probe not in ("fisher", "curves"):
+        return
+    declared, needed = declared_memory_bytes(zoo, model.entry), probe_memory_bytes(model, entry.schedule.probe)
+    if declared and needed > declared:
+        raise ConfigError(
+            f"schedule {entry.schedule.name} runs the whole model and needs {needed / GIB:.1f} GiB, the zoo file "
+            f"declares {declared / GIB:.1f} GiB for it"
+        )
+
+
+def declared_memory_bytes(zoo: Zoo, entry: ModelEntry) -> int:
+    """What the zoo file says the model may use: its GPUs', else its tasks' memory; 0 if it does not say."""
+    gpus = entry.resources.num_gpus
+    if gpus and zoo.cluster.gpu_memory_gib is not None:
+        return round(gpus * zoo.cluster.gpu_memory_gib * GIB)
+    return entry.resources.memory_bytes
+
+
+def probe_memory_bytes(model: ResolvedModel, probe: str) -> int:
+    """The weights and, for Fisher information, gradients of W_k and W_v with their sums in float32."""
+    element_bytes, shape = DTYPE_BYTES[model.entry.dtype], model.architecture
+    watched = 2 * shape.num_layers * shape.kv_width * shape.hidden_size if probe == "fisher" else 0
+    return model.num_parameters * element_bytes + watched * (element_bytes + 4)
+
+
+def calibrated_steps(zoo: Zoo, model: ResolvedModel, store: Store) -> Calibrated | None:
+    """Calibration is shared by every method and budget of a model."""
+    settings = zoo.calibration
+    if settings is None or not any(entry.needs_calibration for entry in zoo.variants):
+        return None
+    check_window("calibration", settings.window_tokens, model)
+    windows = windows_steps(model, settings.texts, settings, store)
+    shards = tuple(
+        Step(
+            name="calibrate",
+            model=model.entry.name,
+            recipe={**running(model), "batch_size": settings.batch_size, "shard": idx, "num_shards": settings.shards},
+            places=loading(model),
+            inputs={"windows": windows},
+            need=need_of(model),
+        )
+        for idx in range(settings.shards)
     )
+    return Calibrated(settings, windows, shards)
 
 
-def decompose_step(model: ResolvedModel, method: str, layer_idx: int) -> Step:
+def running(model: ResolvedModel) -> dict[str, Any]:
+    """What decides the result of every step that runs the model."""
+    return {
+        "model_fingerprint": model.base.fingerprint,
+        "dtype": model.entry.dtype,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
+def loading(model: ResolvedModel) -> dict[str, Any]:
+    return {"model_dir": str(model.directory), "trust_remote_code": model.entry.trust_remote_code}
+
+
+def need_of(model: ResolvedModel) -> Need:
+    resources = model.entry.resources
+    return Need(resources.num_cpus, resources.num_gpus, resources.memory_bytes)
+
+
+def decompose_steps(model: ResolvedModel, method: Method, calibrated: Calibrated | None) -> tuple[Step, ...]:
+    layers = range(model.architecture.num_layers)
+    return tuple(decompose_step(model, method.at(layer_idx), layer_idx, calibrated) for layer_idx in layers)
+
+
+def decompose_step(model: ResolvedModel, method: Method, layer_idx: int, calibrated: Calibrated | None) -> Step:
     architecture = model.architecture
     floats = architecture.kv_width * (architecture.hidden_size + architecture.kv_width)
+    measures = any(axes.statistics == "calibration" for axes in (method.keys, method.values))
     return Step(
         name="decompose",
         model=model.entry.name,
         recipe={
             "model_fingerprint": model.base.fingerprint,
-            "method": method,
+            "axes": {"keys": asdict(method.keys), "values": asdict(method.values)},
             "layer_idx": layer_idx,
             "architecture": architecture.to_dict(),
         },
         places={"model_dir": str(model.directory)},
+        inputs={"calibrated": calibrated.shards} if calibrated and measures else {},
         need=Need(num_cpus=1, memory_bytes=DECOMPOSE_COPIES * 8 * floats),
     )
 
 
-def schedule_step(model: ResolvedModel, entry: VariantEntry, kept_fraction: float, layers: tuple[Step, ...]) -> Step:
-    return Step(
+def schedule_steps(
+    model: ResolvedModel,
+    entry: VariantEntry,
+    budget: float | Budget,
+    layers: tuple[Step, ...],
+    calibrated: Calibrated | None,
+) -> Step:
+    """The last step that gives ranks: the schedule or, for one that measures ranks, the search after it."""
+    inputs: dict[str, Step | tuple[Step, ...]] = {"layers": layers}
+    if entry.schedule.probe is not None:
+        assert calibrated is not None
+        inputs["probes"] = probe_step(model, entry.schedule.probe, layers, calibrated)
+    scheduled = Step(
         name="schedule",
         model=model.entry.name,
-        recipe={"schedule": asdict(entry.schedule), "kept_fraction": kept_fraction},
-        inputs={"layers": layers},
+        recipe={
+            "schedule": asdict(entry.schedule),
+            "kept_fraction": None if isinstance(budget, Budget) else budget,
+            "budget": byte_budget(model, entry.method, budget) if isinstance(budget, Budget) else None,
+        },
+        inputs=inputs,
+    )
+    if entry.schedule.probe != "curves" or not calibrated or isinstance(budget, Budget):
+        return scheduled
+    return Step(
+        name="search",
+        model=model.entry.name,
+        recipe={
+            **running(model),
+            **probing(calibrated),
+            "schedule": asdict(entry.schedule),
+            "architecture": model.architecture.to_dict(),
+        },
+        places=loading(model),
+        inputs={"windows": calibrated.windows, "layers": layers, "ranks": scheduled},
+        need=need_of(model),
     )
 
 
-def variant_step(model: ResolvedModel, entry: VariantEntry, scheduled: Step, layers: tuple[Step, ...]) -> Step:
+def byte_budget(model: ResolvedModel, method: Method, budget: Budget) -> dict[str, Any]:
+    return {
+        "memory_bytes": budget.memory_bytes,
+        "tokens": budget.batch_size * budget.context_tokens,
+        "element_bytes": DTYPE_BYTES[model.entry.dtype],
+        "method": method.to_dict(),
+        "architecture": model.architecture.to_dict(),
+    }
+
+
+def probing(calibrated: Calibrated) -> dict[str, Any]:
+    return {"batch_size": calibrated.settings.batch_size, "num_windows": calibrated.settings.probe_windows}
+
+
+def probe_step(model: ResolvedModel, kind: Probe, layers: tuple[Step, ...], calibrated: Calibrated) -> Step:
+    """Fisher information is the model's own; the others belong to a method."""
+    inputs: dict[str, Step | tuple[Step, ...]] = {"windows": calibrated.windows}
+    if kind != "fisher":
+        inputs["layers"] = layers
+    return Step(
+        name="probe",
+        model=model.entry.name,
+        recipe={**running(model), **probing(calibrated), "kind": kind},
+        places=loading(model),
+        inputs=inputs,
+        need=need_of(model),
+    )
+
+
+def variant_step(
+    model: ResolvedModel,
+    entry: VariantEntry,
+    scheduled: Step,
+    layers: tuple[Step, ...],
+    calibrated: Calibrated | None,
+) -> Step:
+    inputs: dict[str, Step | tuple[Step, ...]] = {"ranks": scheduled, "layers": layers}
     return Step(
         name="variant",
         model=model.entry.name,
         recipe={
-            "method": entry.method,
+            "method": entry.method.to_dict(),
             "schedule": asdict(entry.schedule),
             "dtype": model.entry.dtype,
             "base": asdict(model.base),
             "architecture": model.architecture.to_dict(),
         },
-        inputs={"ranks": scheduled, "layers": layers},
+        places={"model_dir": str(model.directory)},
+        inputs=inputs | ({"calibrated": calibrated.shards} if calibrated else {}),
     )
 
 
-def windows_steps(zoo: Zoo, model: ResolvedModel, store: Store) -> tuple[Step, ...]:
-    evaluation = zoo.evaluation
+def windows_steps(
+    model: ResolvedModel, texts: Sequence[TextEntry], pinning: Evaluation | Calibration, store: Store
+) -> tuple[Step, ...]:
     return tuple(
         Step(
             name="windows",
@@ -120,36 +293,33 @@ def windows_steps(zoo: Zoo, model: ResolvedModel, store: Store) -> tuple[Step, .
             recipe={
                 "text": text_identity(text),
                 "tokenizer": tokenizer_identity(model.directory, model.architecture.model_type),
-                "window_tokens": evaluation.window_tokens,
-                "num_windows": evaluation.num_windows,
-                "seed": evaluation.seed,
+                "document_marks": model.entry.document_marks,
+                "window_tokens": pinning.window_tokens,
+                "num_windows": pinning.num_windows,
+                "seed": pinning.seed,
             },
             places={
                 "entry": text.model_dump(mode="json"),
-                "model_dir": str(model.directory),
-                "trust_remote_code": model.entry.trust_remote_code,
+                **loading(model),
                 "cache_dir": str(store.root / "datasets"),
             },
         )
-        for text in evaluation.texts
+        for text in texts
     )
 
 
 def evaluate_step(zoo: Zoo, model: ResolvedModel, windows: tuple[Step, ...], variant: Step | None) -> Step:
-    resources = model.entry.resources
     return Step(
         name="evaluate",
         model=model.entry.name,
         recipe={
-            "model_fingerprint": model.base.fingerprint,
-            "dtype": model.entry.dtype,
+            **running(model),
             "batch_size": zoo.evaluation.batch_size,
             "text_names": [text.name for text in zoo.evaluation.texts],
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         },
-        places={"model_dir": str(model.directory), "trust_remote_code": model.entry.trust_remote_code},
+        places=loading(model),
         inputs={"windows": windows} if variant is None else {"windows": windows, "variant": variant},
-        need=Need(resources.num_cpus, resources.num_gpus, resources.memory_bytes),
+        need=need_of(model),
         group=f"evaluate {model.entry.name}",
     )
 

@@ -20,7 +20,7 @@ class ResolvedModel:
     directory: Path
     base: BaseModel
     architecture: Architecture
-    max_tokens: int
+    num_parameters: int
 
 
 def resolve(entry: ModelEntry, *, fetch_missing: bool = True) -> ResolvedModel:
@@ -43,7 +43,7 @@ def resolve(entry: ModelEntry, *, fetch_missing: bool = True) -> ResolvedModel:
         directory=directory,
         base=BaseModel(entry.source, None if entry.is_directory else directory.name, fingerprint),
         architecture=architecture,
-        max_tokens=config.max_position_embeddings,
+        num_parameters=checkpoint.num_parameters,
     )
 
 

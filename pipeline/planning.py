@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from lorc_core.architecture import Architecture, architecture_of
-from lorc_core.errors import LorcError
+from lorc_core.architecture import KINDS, Architecture, architecture_of
+from lorc_core.errors import ConfigError, LorcError
 from lorc_core.memory import bytes_per_token, full_floats_per_token, planned_factor_floats
-from lorc_core.methods import known_method
-from lorc_core.schedule import KindSpectrum, LayerSpectrum, Uniform
+from lorc_core.schedule import Uniform
+from lorc_core.spectra import KindSpectrum, LayerSpectrum
 from pipeline.evaluation import DTYPES, device_plan
 from pipeline.graph import GIB, default_tracking_uri, model_steps
 from pipeline.models import config_for_planning, resolve
@@ -64,7 +64,10 @@ def planned_caches(zoo: Zoo, entry: ModelEntry, architecture: Architecture) -> t
     planned = [PlannedCache("baseline", tokens * bytes_per_token(full, element_bytes), 0)]
     for variant in zoo.variants:
         for kept_fraction in variant.kept_fraction:
-            floats = factor_estimate(variant, architecture, kept_fraction)
+            try:
+                floats = factor_estimate(variant, architecture, kept_fraction)
+            except ConfigError:  # this model cannot have it; `done_steps` says so
+                continue
             cached = round(tokens * bytes_per_token(full, element_bytes) * kept_fraction)
             planned.append(PlannedCache(variant_label(variant, kept_fraction), cached, floats * element_bytes))
     return tuple(planned)
@@ -73,14 +76,18 @@ def planned_caches(zoo: Zoo, entry: ModelEntry, architecture: Architecture) -> t
 def factor_estimate(variant: VariantEntry, architecture: Architecture, kept_fraction: float) -> int:
     """Factor floats if every layer had the mean rank.
 
-    Exact for the uniform schedule; for others it is the most they can be, since a joint factor's size is its rank
-    times the width, ranks add up to the same, and layers left at full width need none.
+    Exact for the uniform schedule; for others it is the most they can be where all layers have the same blocks, since
+    a factor's size is its rank times the block's width, ranks add up to the same, and layers left at full width need
+    none.
     """
+    method = variant.method
+    method.check(architecture)
     schedule = variant.schedule if isinstance(variant.schedule, Uniform) else Uniform()
-    spectra = [LayerSpectrum(architecture.kv_width, KindSpectrum(0.0), KindSpectrum(0.0))] * architecture.num_layers
-    ranks = schedule.ranks(spectra, kept_fraction)
-    mean = architecture.bias or (architecture.input_norm == "layer" and variant.method != "lorc")
-    return planned_factor_floats(ranks, known_method(variant.method), mean=mean)
+    spectra = [
+        LayerSpectrum(*(KindSpectrum(method.axes(idx, kind).partition(architecture), 0.0) for kind in KINDS))
+        for idx in range(architecture.num_layers)
+    ]
+    return planned_factor_floats(schedule.ranks(spectra, kept_fraction), method, architecture)
 
 
 def planned_devices(zoo: Zoo, entry: ModelEntry, config: PreTrainedConfig) -> str:
@@ -109,4 +116,6 @@ def done_steps(zoo: Zoo, entry: ModelEntry, store: Store) -> str:
         if not store.is_done(step):
             left[step.name] = left.get(step.name, 0) + 1
     todo = ", ".join(f"{count} {name}" for name, count in left.items())
-    return f"{len(steps) - sum(left.values())} of {len(steps)} steps done" + (f"; to do: {todo}" if todo else "")
+    refused = "".join(f"; refused: {reason}" for _, reason in planned.refused)
+    done = f"{len(steps) - sum(left.values())} of {len(steps)} steps done"
+    return done + (f"; to do: {todo}" if todo else "") + refused

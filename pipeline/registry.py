@@ -152,7 +152,7 @@ def log_recipe(client: MlflowClient, run_id: str, directory: Path, settings: dic
     params = {
         "base": variant.base.source,
         "base_fingerprint": variant.base.fingerprint,
-        "method": variant.method,
+        "method": variant.method.name,
         "rank_note": variant.ranks.note,
         **{f"schedule.{name}": value for name, value in variant.schedule.items()},
         **{f"evaluation.{name}": value for name, value in settings.items()},

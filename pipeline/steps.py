@@ -20,7 +20,18 @@ from lorc_core.errors import ConfigError
 from lorc_core.variant import MANIFEST_FILE, write_manifest
 
 # Raised by one when a step's function changes what it writes for the same recipe.
-REVISIONS = {"decompose": 2, "schedule": 1, "variant": 2, "windows": 1, "evaluate": 1, "register": 1, "regress": 1}
+REVISIONS = {
+    "calibrate": 1,
+    "decompose": 3,
+    "probe": 1,
+    "schedule": 2,
+    "search": 1,
+    "variant": 3,
+    "windows": 2,
+    "evaluate": 1,
+    "register": 1,
+    "regress": 1,
+}
 
 
 @dataclass(frozen=True)

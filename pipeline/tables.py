@@ -12,8 +12,12 @@ SCHEMAS = {
         [
             ("layer", pa.int32()),
             ("kind", pa.string()),
-            ("width", pa.int32()),
+            ("block", pa.string()),
+            ("num_kv_heads", pa.int32()),
+            ("head_dim", pa.int32()),
+            ("rotated", pa.bool_()),
             ("singular_values", pa.list_(pa.float64())),
+            ("weight_energies", pa.list_(pa.float64())),
             ("state_energies", pa.list_(pa.float64())),
             ("read_energies", pa.list_(pa.float64())),
             ("log10_condition", pa.float64()),
@@ -23,9 +27,20 @@ SCHEMAS = {
         [
             ("layer", pa.int32()),
             ("kind", pa.string()),
-            ("rank", pa.int32()),
+            ("floats", pa.int32()),
             ("width", pa.int32()),
+            ("block_ranks", pa.list_(pa.int32())),
             ("note", pa.string()),
+        ]
+    ),
+    "errors": pa.schema(
+        [
+            ("layer", pa.int32()),
+            ("kind", pa.string()),
+            ("bound", pa.float64()),
+            ("error", pa.float64()),
+            ("read_error", pa.float64()),
+            ("least_read_error", pa.float64()),
         ]
     ),
     "scores": pa.schema(

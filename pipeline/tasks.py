@@ -5,10 +5,12 @@ decide the result (the content of the model behind `model_dir`, say).
 """
 
 import json
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +19,96 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from lorc_core.architecture import KINDS, Architecture
+from lorc_core.architecture import KINDS, Architecture, Kind
+from lorc_core.blocks import Partition
+from lorc_core.calibration import calibrate as core_calibrate
 from lorc_core.checkpoint import Checkpoint
-from lorc_core.compression import LayerDecomposition, decompose_layer, slice_layer
+from lorc_core.compression import decompose_kind, slice_layer
 from lorc_core.errors import ConfigError, LorcError
-from lorc_core.methods import known_method
-from lorc_core.projection import Decomposition
+from lorc_core.fidelity import projection_errors
+from lorc_core.measuring import loss_at_ranks
+from lorc_core.memory import planned_factor_floats
+from lorc_core.methods import Axes, method_from_dict
+from lorc_core.moments import LayerMoments
+from lorc_core.probes import Exchange, attention_errors, fisher_information, loss_curves
+from lorc_core.projection import Decomposition, LayerDecomposition, layer_spectrum
 from lorc_core.runtime import attach, check_base
-from lorc_core.schedule import KindSpectrum, LayerSpectrum, RankSchedule, known_schedule
-from lorc_core.variant import MANIFEST_FILE, BaseModel, Variant, load_variant
+from lorc_core.schedule import Probe, Sensitivity, fit_bytes, schedule_from_dict
+from lorc_core.spectra import Energies, KindSpectrum, LayerSpectrum, Probes, RankSchedule
+from lorc_core.variant import MANIFEST_FILE, BaseModel, Variant, load_variant, write_manifest
 from pipeline.evaluation import DTYPES, loaded_model, window_losses
 from pipeline.gates import fell, losses_of, paired_rise, standard_error
 from pipeline.steps import Call, Outcome, Store
 from pipeline.tables import read_rows, write_table
-from pipeline.texts import load_rows, load_tokenizer, pin_windows, token_stream
-from pipeline.zoo import TextEntry
+from pipeline.texts import load_tokenizer, pin_windows, text_tokens
+from pipeline.zoo import DocumentMarks, TextEntry
 
 SCHEDULE_FILE = "schedule.json"
+PROBES_FILE = "probes.json"
 WINDOWS_FILE = "windows.npy"
 LAYER_FILE = "layer.safetensors"
-SPECTRA = ("singular_values", "state_energies", "read_energies")
+ENERGIES = ("weight_energies", "state_energies", "read_energies")
+
+
+def calibrate(
+    output: Path,
+    *,
+    model: PreTrainedModel,
+    model_fingerprint: str,
+    dtype: str,
+    versions: dict[str, str],
+    batch_size: int,
+    shard: int,
+    num_shards: int,
+    model_dir: str,
+    trust_remote_code: bool,
+    windows: Sequence[Path],
+) -> None:
+    """Second moments of every layer on one shard of the calibration windows."""
+    rows = torch.from_numpy(np.concatenate([np.load(path / WINDOWS_FILE) for path in windows]))[shard::num_shards]
+    for layer_idx, layer in enumerate(core_calibrate(model, rows.split(batch_size))):
+        save_file(layer.tensors(), output / f"layer-{layer_idx}.safetensors")
+
+
+def load_moments(calibrated: Sequence[Path], layer_idx: int) -> LayerMoments | None:
+    """One layer's moments over all shards; None without any."""
+    shards = [LayerMoments.of_tensors(load_file(path / f"layer-{layer_idx}.safetensors")) for path in calibrated]
+    return reduce(operator.add, shards) if shards else None
 
 
 def decompose(
     output: Path,
     *,
     model_fingerprint: str,
-    method: str,
+    axes: dict[Kind, dict[str, Any]],
     layer_idx: int,
     architecture: dict[str, Any],
     model_dir: str,
+    calibrated: Sequence[Path] = (),
 ) -> None:
-    """One layer's full-rank nested factors and spectra, from its weights alone."""
-    source = Checkpoint(Path(model_dir))
-    layer = decompose_layer(source, Architecture(**architecture), layer_idx, known_method(method))
+    """One layer's full-rank nested factors and spectra, from its weights and what calibration measured of it."""
+    source, shape = Checkpoint(Path(model_dir)), Architecture(**architecture)
+    moments = load_moments(calibrated, layer_idx)
+    layer = {kind: decompose_kind(source, shape, layer_idx, kind, Axes(**axes[kind]), moments) for kind in KINDS}
+    save_layer(output, layer_idx, layer)
+
+
+def save_layer(output: Path, layer_idx: int, layer: LayerDecomposition) -> None:
+    """Factors as safetensors, spectra as a table."""
     tensors: dict[str, torch.Tensor] = {}
     rows = []
     for kind, found in layer.items():
-        full = found.factors(found.up.shape[0])
-        tensors |= {f"{kind}.{name}": tensor.float() for name, tensor in full.tensors().items()}
-        tensors |= {f"{kind}.{name}": getattr(found, name).clone() for name in SPECTRA}
+        parts = {"up": found.up, "own_down": found.own_down, "mean": found.mean}
+        tensors |= {f"{kind}.{name}": part.float().contiguous() for name, part in parts.items() if part is not None}
         rows.append(
             {
                 "layer": layer_idx,
                 "kind": kind,
-                "width": found.up.shape[0],
+                **asdict(found.partition),
+                "rotated": found.rotated,
                 "log10_condition": found.log10_condition,
-                **{name: getattr(found, name).tolist() for name in SPECTRA},
+                "singular_values": found.singular_values.tolist(),
+                **{name: getattr(found, name).flatten().tolist() for name in ENERGIES},
             }
         )
     save_file(tensors, output / LAYER_FILE)
@@ -71,64 +116,181 @@ def decompose(
 
 
 def load_layer(directory: Path) -> LayerDecomposition:
-    """What `decompose` wrote."""
+    """What `save_layer` wrote."""
     tensors = load_file(directory / LAYER_FILE)
-    return {
-        kind: Decomposition(
+    layer: LayerDecomposition = {}
+    for row in read_rows(directory, "spectra"):
+        kind, partition = row["kind"], partition_of_row(row)
+        layer[kind] = Decomposition(
+            partition=partition,
             up=tensors[f"{kind}.up"],
             own_down=tensors.get(f"{kind}.own_down"),
             mean=tensors.get(f"{kind}.mean"),
-            **{name: tensors[f"{kind}.{name}"] for name in SPECTRA},
+            rotated=row["rotated"],
+            singular_values=torch.tensor(row["singular_values"], dtype=torch.float64),
+            **{
+                name: torch.tensor(row[name], dtype=torch.float64).view(tensors[f"{kind}.up"].shape[:2])
+                for name in ENERGIES
+            },
         )
-        for kind in KINDS
-    }
+    return layer
 
 
-def schedule(output: Path, *, schedule: dict[str, Any], kept_fraction: float, layers: Sequence[Path]) -> None:
-    """The aggregator: ranks for every layer from the spectra of all."""
-    spectra = []
-    for directory in layers:
-        keys, values = read_rows(directory, "spectra")
-        spectra.append(LayerSpectrum(keys["width"], kind_spectrum_of(keys), kind_spectrum_of(values)))
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in schedule.items()}
-    ranks = known_schedule(str(fields.pop("name")), **fields).ranks(spectra, kept_fraction)
-    (output / SCHEDULE_FILE).write_text(json.dumps(asdict(ranks)))
-    write_table(
-        output,
-        "ranks",
-        [
-            {"layer": idx, "kind": kind, "rank": getattr(layer, kind), "width": ranks.kv_width, "note": ranks.note}
-            for idx, layer in enumerate(ranks.layers)
-            for kind in KINDS
-        ],
-    )
+def partition_of_row(row: dict[str, Any]) -> Partition:
+    return Partition(row["block"], row["num_kv_heads"], row["head_dim"])
+
+
+def load_spectra(layers: Sequence[Path]) -> list[LayerSpectrum]:
+    """What the schedules read, from the tables `spectra` alone."""
+    return [LayerSpectrum(*map(kind_spectrum_of, read_rows(directory, "spectra"))) for directory in layers]
 
 
 def kind_spectrum_of(row: dict[str, Any]) -> KindSpectrum:
     """What the schedules need of a row of the table `spectra`."""
-    return KindSpectrum(
-        log10_condition=row["log10_condition"],
-        weights=tuple(value**2 for value in row["singular_values"]),
-        states=tuple(row["state_energies"]),
-        read=tuple(row["read_energies"]),
-    )
+    partition = partition_of_row(row)
+
+    def nested(energies: list[float]) -> Energies:
+        return tuple(tuple(energies[at : at + partition.width]) for at in range(0, len(energies), partition.width))
+
+    return KindSpectrum(partition, row["log10_condition"], *(nested(row[name]) for name in ENERGIES))
+
+
+def probe(
+    output: Path,
+    *,
+    model: PreTrainedModel,
+    kind: Probe,
+    model_fingerprint: str,
+    dtype: str,
+    versions: dict[str, str],
+    batch_size: int,
+    num_windows: int,
+    model_dir: str,
+    trust_remote_code: bool,
+    windows: Sequence[Path],
+    layers: Sequence[Path] = (),
+) -> None:
+    """What one schedule measures on calibration text beside the spectra."""
+    batches = probe_batches(windows, num_windows, batch_size)
+    loaded = [load_layer(path) for path in layers]
+    if kind == "fisher":
+        found = Probes(fisher=fisher_information(model, batches))
+    elif kind == "errors":
+        found = Probes(errors=attention_errors(model, loaded, batches))
+    else:
+        found = Probes(curves=loss_curves(model, loaded, batches))
+    (output / PROBES_FILE).write_text(json.dumps(asdict(found)))
+
+
+def probe_batches(windows: Sequence[Path], num_windows: int, batch_size: int) -> list[torch.Tensor]:
+    """The first windows of each calibration text."""
+    rows = np.concatenate([np.load(path / WINDOWS_FILE)[:num_windows] for path in windows])
+    return list(torch.from_numpy(rows).split(batch_size))
+
+
+def load_probes(directory: Path | None) -> Probes | None:
+    return None if directory is None else Probes.from_dict(json.loads((directory / PROBES_FILE).read_text()))
+
+
+def schedule(
+    output: Path,
+    *,
+    schedule: dict[str, Any],
+    kept_fraction: float | None,
+    budget: dict[str, Any] | None,
+    layers: Sequence[Path],
+    probes: Path | None = None,
+) -> None:
+    """The aggregator: ranks for every layer from the spectra of all."""
+    chosen, spectra = schedule_from_dict(schedule), load_spectra(layers)
+    if kept_fraction is not None:
+        ranks = chosen.ranks(spectra, kept_fraction, load_probes(probes))
+    else:
+        assert budget is not None
+        method, shape = method_from_dict(budget["method"]), Architecture(**budget["architecture"])
+
+        def needed_bytes(found: RankSchedule) -> int:
+            floats = found.floats_per_token * budget["tokens"] + planned_factor_floats(found, method, shape)
+            return floats * budget["element_bytes"]
+
+        ranks = fit_bytes(chosen, spectra, load_probes(probes), needed_bytes, budget["memory_bytes"])
+    save_ranks(output, ranks)
+
+
+def save_ranks(output: Path, ranks: RankSchedule) -> None:
+    (output / SCHEDULE_FILE).write_text(json.dumps(asdict(ranks)))
+    rows = [
+        {
+            "layer": idx,
+            "kind": kind,
+            "floats": layer.floats(kind),
+            "width": ranks.kv_width,
+            "block_ranks": list(layer.of(kind)),
+            "note": ranks.note,
+        }
+        for idx, layer in enumerate(ranks.layers)
+        for kind in KINDS
+    ]
+    write_table(output, "ranks", rows)
+
+
+def load_ranks(directory: Path) -> RankSchedule:
+    return RankSchedule.from_dict(json.loads((directory / SCHEDULE_FILE).read_text()))
+
+
+def search(
+    output: Path,
+    *,
+    model: PreTrainedModel,
+    schedule: dict[str, Any],
+    model_fingerprint: str,
+    architecture: dict[str, Any],
+    dtype: str,
+    versions: dict[str, str],
+    batch_size: int,
+    num_windows: int,
+    model_dir: str,
+    trust_remote_code: bool,
+    windows: Sequence[Path],
+    layers: Sequence[Path],
+    ranks: Path,
+) -> None:
+    """Exchange floats between layers and kinds while the loss on calibration text falls."""
+    loaded = [load_layer(path) for path in layers]
+    chosen = schedule_from_dict(schedule)
+    assert isinstance(chosen, Sensitivity)
+    batches = probe_batches(windows, num_windows, batch_size)
+    loss_of = partial(loss_at_ranks, model, Architecture(**architecture), loaded, batches)
+    stairs = chosen.stairs([layer_spectrum(layer) for layer in loaded], Probes())
+    save_ranks(output, Exchange(stairs, loss_of).improve(load_ranks(ranks), chosen.num_rounds))
 
 
 def variant(
     output: Path,
     *,
-    method: str,
+    method: dict[str, Any],
     schedule: dict[str, Any],
     dtype: str,
     base: dict[str, Any],
     architecture: dict[str, Any],
+    model_dir: str,
     ranks: Path,
     layers: Sequence[Path],
+    calibrated: Sequence[Path] = (),
 ) -> None:
-    """Slice every layer's factors to the scheduled ranks and write the variant."""
-    chosen = RankSchedule.from_dict(json.loads((ranks / SCHEDULE_FILE).read_text()))
+    """Slice every layer's factors to the scheduled ranks, write the variant and the errors of its projections."""
+    chosen, shape = load_ranks(ranks), Architecture(**architecture)
     factors = tuple(slice_layer(load_layer(path), idx, chosen, DTYPES[dtype]) for idx, path in enumerate(layers))
-    Variant(BaseModel(**base), Architecture(**architecture), method, schedule, chosen, factors).save(output)
+    source, rows = Checkpoint(Path(model_dir)), []
+    for layer_idx, layer in enumerate(factors):
+        moments = load_moments(calibrated, layer_idx)
+        for kind, found in layer.items():
+            errors = projection_errors(source, shape, (layer_idx, kind), found, moments)
+            rows.append({"layer": layer_idx, "kind": kind, **asdict(errors)})
+    made_by = method_from_dict(method)
+    Variant(BaseModel(**base), shape, made_by, schedule, chosen, factors).save(output)
+    write_table(output, "errors", rows)
+    write_manifest(output)
 
 
 def windows(
@@ -136,6 +298,7 @@ def windows(
     *,
     text: dict[str, Any],
     tokenizer: str,
+    document_marks: DocumentMarks,
     window_tokens: int,
     num_windows: int,
     seed: int,
@@ -144,10 +307,10 @@ def windows(
     trust_remote_code: bool,
     cache_dir: str,
 ) -> None:
-    """Pin the tokens that every evaluation of this model on this text will use."""
+    """Pin the tokens that every evaluation, or calibration, of this model on this text will use."""
     source = TextEntry.model_validate(entry)
     cut = load_tokenizer(Path(model_dir), trust_remote_code=trust_remote_code)
-    stream = token_stream(load_rows(source, Path(cache_dir)), cut)
+    stream = text_tokens(source, cut, document_marks, Path(cache_dir))
     pinned = pin_windows(stream, window_tokens=window_tokens, num_windows=num_windows, seed=seed, name=source.name)
     np.save(output / WINDOWS_FILE, pinned)
 
@@ -246,8 +409,21 @@ def regress(
 
 
 TASKS: dict[str, Callable[..., None]] = {
-    function.__name__: function for function in (decompose, schedule, variant, windows, evaluate, register, regress)
+    function.__name__: function
+    for function in (
+        calibrate,
+        decompose,
+        probe,
+        schedule,
+        search,
+        variant,
+        windows,
+        evaluate,
+        register,
+        regress,
+    )
 }
+NEED_THE_MODEL = ("calibrate", "probe", "search", "evaluate", "regress")
 
 
 def run_calls(calls: Sequence[Call], store: Store) -> Iterator[Outcome]:
@@ -266,8 +442,8 @@ def run_calls(calls: Sequence[Call], store: Store) -> Iterator[Outcome]:
 
 @contextmanager
 def shared_arguments(call: Call) -> Iterator[dict[str, Any]]:
-    """What the calls of one group share, opened once: for evaluations of one model, that model."""
-    if call.name not in ("evaluate", "regress"):
+    """What the calls of one group share, opened once: the model that they run."""
+    if call.name not in NEED_THE_MODEL:
         yield {}
         return
     directory, dtype = Path(call.kwargs["model_dir"]), call.kwargs["dtype"]
@@ -285,6 +461,6 @@ def run_call(call: Call, store: Store, shared: dict[str, Any]) -> Outcome:
     except LorcError as error:
         return Outcome(call.key, call.name, call.model, "failed", str(error), time.perf_counter() - started)
     except torch.OutOfMemoryError as error:
-        reason = ConfigError(f"out of device memory; lower evaluation.batch_size or give more GPUs ({error})")
+        reason = ConfigError(f"out of device memory; lower the batch_size or give more GPUs ({error})")
         return Outcome(call.key, call.name, call.model, "failed", str(reason), time.perf_counter() - started)
     return Outcome(call.key, call.name, call.model, "ran", None, time.perf_counter() - started)

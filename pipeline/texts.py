@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorc_core.errors import ArtifactError, ConfigError
 from lorc_core.variant import file_sha256
-from pipeline.zoo import TEXT_FORMATS, TextEntry
+from pipeline.zoo import TEXT_FORMATS, DocumentMarks, TextEntry
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -22,16 +23,17 @@ TOKENIZER_FILES = (
 )
 
 
-def text_identity(text: TextEntry) -> dict[str, str | None]:
+def text_identity(text: TextEntry) -> dict[str, Any]:
     """What pins a text: a file's content, or a hub data set's id and revision."""
+    cut = {"column": text.column, "separator": text.separator, "part": list(text.part)}
     if text.file is not None:
-        return {"sha256": file_sha256(text.file), "format": TEXT_FORMATS[text.file.suffix], "column": text.column}
+        return {"sha256": file_sha256(text.file), "format": TEXT_FORMATS[text.file.suffix], **cut}
     return {
         "source": text.source,
         "config": text.config,
         "revision": text.revision,
         "split": text.split,
-        "column": text.column,
+        **cut,
     }
 
 
@@ -48,6 +50,31 @@ def tokenizer_identity(model_dir: Path, model_type: str) -> str:
     for path in files:
         digest.update(f"{path.name} {file_sha256(path)} ".encode())
     return digest.hexdigest()
+
+
+def text_tokens(
+    text: TextEntry, tokenizer: PreTrainedTokenizerBase, marks: DocumentMarks, cache_dir: Path
+) -> Int[np.ndarray, " tokens"]:
+    """All token ids of the part of a text that is asked for.
+
+    Raises:
+        ConfigError: It cannot be read, or a .npy file does not hold token ids.
+    """
+    if text.file is None or TEXT_FORMATS[text.file.suffix] != "tokens":
+        return token_stream(part_of(load_rows(text, cache_dir), text.part), tokenizer, marks)
+    try:
+        ids = np.load(text.file, allow_pickle=False).ravel()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"text {text.name}: cannot be read from {text.file}: {one_line(error)}") from error
+    if ids.dtype.kind not in "iu" or (len(ids) and ids.max() >= len(tokenizer)):
+        raise ConfigError(f"text {text.name}: {text.file} must hold token ids below {len(tokenizer)} of this tokenizer")
+    return part_of(ids.astype(np.int64), text.part)
+
+
+def part_of(found: Any, part: tuple[float, float]) -> Any:
+    """The documents, or tokens, from one share of all to another."""
+    start, stop = (round(share * len(found)) for share in part)
+    return found[start:stop]
 
 
 def load_rows(text: TextEntry, cache_dir: Path) -> list[str]:
@@ -76,7 +103,9 @@ def load_rows(text: TextEntry, cache_dir: Path) -> list[str]:
     rows = list(data[text.column])
     if not all(isinstance(row, str) for row in rows):
         raise ConfigError(f"text {text.name}: column {text.column!r} holds something that is not text")
-    return rows
+    if text.separator is None:
+        return rows
+    return [part for row in rows for part in map(str.strip, row.split(text.separator)) if part]
 
 
 def one_line(error: BaseException) -> str:
@@ -85,11 +114,14 @@ def one_line(error: BaseException) -> str:
     return (str(cause).splitlines() or [type(cause).__name__])[0]
 
 
-def token_stream(rows: list[str], tokenizer: PreTrainedTokenizerBase) -> Int[np.ndarray, " tokens"]:
-    """All documents in one row of token ids, each between the tokenizer's own begin and end marks, if it has them."""
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    documents = [[*begin, *ids, *end] for ids in tokenizer(rows, add_special_tokens=False)["input_ids"]]
+def token_stream(
+    rows: list[str], tokenizer: PreTrainedTokenizerBase, marks: DocumentMarks
+) -> Int[np.ndarray, " tokens"]:
+    """All documents in one row of token ids, each with those of the tokenizer's marks that the model was trained on."""
+    begin = [tokenizer.bos_token_id] if marks in ("both", "begin") and tokenizer.bos_token_id is not None else []
+    end = [tokenizer.eos_token_id] if marks in ("both", "end") and tokenizer.eos_token_id is not None else []
+    cut = tokenizer(rows, add_special_tokens=False, verbose=False)["input_ids"] if rows else []
+    documents = [[*begin, *ids, *end] for ids in cut] or [[]]
     return np.concatenate([np.asarray(document, dtype=np.int64) for document in documents])
 
 
@@ -105,7 +137,7 @@ def pin_windows(
     if available < num_windows:
         raise ConfigError(
             f"text {name}: {len(stream)} tokens give {available} windows of {window_tokens}, {num_windows} are asked; "
-            "lower evaluation.num_windows or evaluation.window_tokens, or give a longer text"
+            "lower num_windows or window_tokens, or give a longer text"
         )
     windows = stream[: available * window_tokens].reshape(available, window_tokens)
     return windows[np.sort(np.random.default_rng(seed).permutation(available)[:num_windows])]

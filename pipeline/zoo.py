@@ -4,7 +4,8 @@ Validated here once and trusted everywhere else; every error names the file, the
 """
 
 import re
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,17 +22,21 @@ from pydantic import (
     model_validator,
 )
 
+from lorc_core.architecture import KINDS
 from lorc_core.errors import ConfigError
-from lorc_core.methods import known_method
-from lorc_core.schedule import SCHEDULES, Energy, Progressive, Schedule, Uniform, known_schedule
+from lorc_core.methods import Axes, Method, changed_axes, known_method
+from lorc_core.schedule import SCHEDULES, Schedule, known_schedule
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+DocumentMarks = Literal["both", "begin", "end", "none"]
 KeptFraction = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
-# Endings of text files, and the builder of `datasets` that reads each.
-TEXT_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# Endings of text files, and the builder of `datasets` that reads each; an array of token ids needs none.
+TEXT_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".npy": "tokens"}
+# What a zoo file compresses by where it names no method: the best of docs/quality.md.
+DEFAULT_METHOD, DEFAULT_CALIBRATED_METHOD = "lorc_q", "kq_joint"
 
 
 class Strict(BaseModel):
@@ -56,7 +61,8 @@ class ModelEntry(Strict):
     """One base model.
 
     `source` is a directory, written with a leading `./`, `../`, `/` or `~` and relative to the zoo file, or a hub id.
-    `config` is a local copy of a hub model's config.json, so that `lorc plan` needs no network.
+    `config` is a local copy of a hub model's config.json, so that `lorc plan` needs no network. `document_marks` says
+    which of the tokenizer's marks stood around each document when the model was trained.
     """
 
     name: Name
@@ -65,6 +71,7 @@ class ModelEntry(Strict):
     dtype: Dtype = "bfloat16"
     config: Path | None = None
     trust_remote_code: bool = False
+    document_marks: DocumentMarks = "both"
     resources: Resources = Resources()
 
     @property
@@ -90,25 +97,43 @@ class ModelEntry(Strict):
         return None if config is None else (zoo_folder(info) / config).resolve()
 
 
+class Budget(Strict):
+    """Memory for the cache and the factors beside it, at a serving load; the weights are not counted."""
+
+    memory_gib: Annotated[float, Field(gt=0)]
+    batch_size: Annotated[int, Field(ge=1)]
+    context_tokens: Annotated[int, Field(ge=1)]
+
+    @property
+    def memory_bytes(self) -> int:
+        return round(self.memory_gib * 1024**3)
+
+
 class VariantEntry(Strict):
     """One method and schedule at one budget or, with a list, at several.
 
+    `method` is a preset's name, or a mapping: `preset` with changed axes of `keys` and `values`, or both written out,
+    or `per_layer` with methods for single layers; changed ones need a `name`. `schedule` is the method's own if absent.
     `name` is what tables and versions call it; the method's and the schedule's names if absent.
     """
 
     name: Name | None = None
-    method: str = "lorc"
-    schedule: InstanceOf[Uniform] | InstanceOf[Progressive] | InstanceOf[Energy]
-    kept_fraction: Annotated[tuple[KeptFraction, ...], Field(min_length=1)]
+    method: InstanceOf[Method]
+    schedule: Annotated[InstanceOf[Schedule], Field(validate_default=True)] = None  # type: ignore[assignment]
+    kept_fraction: tuple[KeptFraction, ...] = ()
+    budget: Budget | None = None
 
-    @field_validator("method")
+    @field_validator("method", mode="before")
     @classmethod
-    def know_method(cls, method: str) -> str:
-        return known_method(method).name
+    def build_method(cls, method: Any) -> Method:
+        return method_of(method)
 
     @field_validator("schedule", mode="before")
     @classmethod
-    def build_schedule(cls, schedule: Any) -> Schedule:
+    def build_schedule(cls, schedule: Any, info: ValidationInfo) -> Schedule:
+        if schedule is None:
+            method = info.data.get("method")
+            return known_schedule(method.schedule if method else "uniform")
         settings = dict(schedule) if isinstance(schedule, dict) else {"name": schedule}
         name = settings.pop("name", None)
         if not isinstance(name, str):
@@ -116,7 +141,7 @@ class VariantEntry(Strict):
         schedule_class = type(known_schedule(name))
         allowed = [field.name for field in fields(schedule_class) if field.init]
         if unknown := sorted(set(settings) - set(allowed)):
-            raise ValueError(f"unknown field {unknown[0]}; {schedule_class.name} allows {', '.join(allowed)}")
+            raise ValueError(f"unknown field {unknown[0]}; {name} allows {', '.join(allowed)}")
         try:
             return TypeAdapter(schedule_class).validate_python(settings)
         except ValidationError as error:
@@ -128,9 +153,70 @@ class VariantEntry(Strict):
     def one_or_many(cls, kept_fraction: Any) -> Any:
         return kept_fraction if isinstance(kept_fraction, list | tuple) else (kept_fraction,)
 
+    @model_validator(mode="after")
+    def some_budget(self) -> "VariantEntry":
+        if bool(self.kept_fraction) == (self.budget is not None):
+            raise ValueError("give kept_fraction or budget, one of them")
+        return self
+
+    @property
+    def budgets(self) -> tuple[float | Budget, ...]:
+        """Each variant's: the share of floats to keep, or bytes."""
+        return self.kept_fraction or ((self.budget,) if self.budget else ())
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.method.needs_calibration or self.schedule.probe is not None
+
+
+METHOD_FIELDS = ("preset", "name", *KINDS, "per_layer")
+
+
+def method_of(written: Any) -> Method:
+    """A method as a zoo file writes it.
+
+    Raises:
+        ValueError: A name, field or axis is not known, or does not go with the others.
+    """
+    if isinstance(written, Method):
+        return written
+    if isinstance(written, str):
+        return known_method(written)
+    if not isinstance(written, Mapping):
+        raise ValueError(f"a method is a name, or a mapping with {', '.join(METHOD_FIELDS)}")
+    if unknown := sorted(set(written) - set(METHOD_FIELDS)):
+        raise ValueError(f"unknown field {unknown[0]}; a method allows {', '.join(METHOD_FIELDS)}")
+    name = written.get("name")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError("a method that is no preset needs a name of letters, digits, '.', '_' and '-'")
+    axes = {kind: written.get(kind) or {} for kind in KINDS}
+    if "preset" in written:
+        base = replace(known_method(written["preset"]), name=name)
+        keys, values = (changed_axes(base.axes(-1, kind), axes[kind]) for kind in KINDS)
+        base = replace(base, keys=keys, values=values)
+    elif all("statistics" in axes[kind] for kind in KINDS):
+        keys, values = (changed_axes(Axes(axes[kind]["statistics"]), axes[kind]) for kind in KINDS)
+        base = Method(name, keys, values, schedule="uniform", source="the zoo file")
+    else:
+        raise ValueError("give a preset, or keys and values with their statistics each")
+    layers = written.get("per_layer") or {}
+    return replace(base, layers={idx: method_of(one) for at, one in layers.items() for idx in layer_range(at)})
+
+
+def layer_range(written: Any) -> range:
+    """The layers of `3` or `"0-2"`."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(written))
+    if not match:
+        raise ValueError(f"per_layer: {written!r} is no layer (3) and no range of layers (0-2)")
+    return range(int(match[1]), int(match[2] or match[1]) + 1)
+
 
 class TextEntry(Strict):
-    """An evaluation text: a .txt, .jsonl, .json or .parquet file beside the zoo file, or a hub data set."""
+    """A text: a .txt, .jsonl, .json or .parquet file beside the zoo file, token ids in a .npy file, or a hub data set.
+
+    A .txt file is one document, or several between `separator`s. `part` takes the documents (of a .npy file the
+    tokens) from one share of the text to another, so that calibration and evaluation can be kept apart.
+    """
 
     name: Name
     source: str
@@ -138,10 +224,19 @@ class TextEntry(Strict):
     revision: str | None = None
     split: str = "test"
     column: str = "text"
+    separator: str | None = None
+    part: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
 
     @property
     def file(self) -> Path | None:
         return Path(self.source) if Path(self.source).suffix in TEXT_FORMATS else None
+
+    @field_validator("part")
+    @classmethod
+    def part_is_some(cls, part: tuple[float, float]) -> tuple[float, float]:
+        if part[0] >= part[1]:
+            raise ValueError("part must go from a share of the text to a larger one")
+        return part
 
     @field_validator("source")
     @classmethod
@@ -154,6 +249,34 @@ class TextEntry(Strict):
         if source.startswith(("./", "../", "/", "~")):
             raise ValueError(f"a text file's name must end in one of {', '.join(TEXT_FORMATS)}")
         return source
+
+
+class Calibration(Strict):
+    """Text on which methods and schedules measure; never the evaluation's.
+
+    Windows of each text are pinned by `seed` and spread over `shards` tasks. Schedules that measure use the first
+    `probe_windows` of each text. `allow_rank_deficient` lets a text be shorter than a block is wide.
+    """
+
+    texts: Annotated[tuple[TextEntry, ...], Field(min_length=1)]
+    window_tokens: Annotated[int, Field(ge=2)] = 2048
+    num_windows: Annotated[int, Field(ge=1)] = 128
+    probe_windows: Annotated[int, Field(ge=1)] = 16
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    shards: Annotated[int, Field(ge=1)] = 1
+    seed: int = 0
+    allow_rank_deficient: bool = False
+
+    @model_validator(mode="after")
+    def shards_have_windows(self) -> "Calibration":
+        for name, value in (("shards", self.shards), ("probe_windows", self.probe_windows)):
+            if value > self.num_windows:
+                raise ValueError(f"{name} is {value}, of {self.num_windows} num_windows")
+        return self
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_windows * self.window_tokens * len(self.texts)
 
 
 class Evaluation(Strict):
@@ -218,21 +341,53 @@ class Zoo(Strict):
     name: Name
     models: Annotated[tuple[ModelEntry, ...], Field(min_length=1)]
     variants: Annotated[tuple[VariantEntry, ...], Field(min_length=1)]
+    calibration: Calibration | None = None
     evaluation: Evaluation
     gates: Gates
     registry: Registry = Registry()
     cluster: Cluster = Cluster()
     serving: Serving = Serving()
 
+    @model_validator(mode="before")
+    @classmethod
+    def choose_methods(cls, content: Any) -> Any:
+        """A variant without a method gets the best one that there is data for."""
+        if not isinstance(content, dict) or not isinstance(content.get("variants"), list):
+            return content
+        method = DEFAULT_CALIBRATED_METHOD if content.get("calibration") else DEFAULT_METHOD
+        variants = [{"method": method} | one if isinstance(one, dict) else one for one in content["variants"]]
+        return content | {"variants": variants}
+
+    @model_validator(mode="after")
+    def calibration_is_there(self) -> "Zoo":
+        for entry in self.variants:
+            if self.calibration is None and entry.needs_calibration:
+                what = entry.method.name if entry.method.needs_calibration else f"schedule {entry.schedule.name}"
+                raise ValueError(f"variants: {what} measures on text, but there is no calibration")
+        return self
+
+    @model_validator(mode="after")
+    def calibration_is_not_evaluated(self) -> "Zoo":
+        for text in self.calibration.texts if self.calibration else ():
+            for other in self.evaluation.texts:
+                same = (text.source, text.config, text.split) == (other.source, other.config, other.split)
+                if same and max(text.part[0], other.part[0]) < min(text.part[1], other.part[1]):
+                    raise ValueError(
+                        f"calibration.texts: {text.name} is also evaluated, as {other.name}; give each its part"
+                    )
+        return self
+
     @model_validator(mode="after")
     def names_differ(self) -> "Zoo":
+        calibrated = self.calibration.texts if self.calibration else ()
         for field, names in (
             ("models", [model.name for model in self.models]),
             ("evaluation.texts", [text.name for text in self.evaluation.texts]),
+            ("calibration.texts", [text.name for text in calibrated]),
         ):
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{field}: the name {twice[0]!r} is used twice")
-        labels = [variant_label(variant, kept) for variant in self.variants for kept in variant.kept_fraction]
+        labels = [variant_label(variant, budget) for variant in self.variants for budget in variant.budgets]
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"variants: two are called {twice[0]}; give one of them a name")
         return self
@@ -309,6 +464,7 @@ def nested_model(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def variant_label(entry: VariantEntry, kept_fraction: float) -> str:
-    """How tables, runs and registered versions call a variant: `lorc-progressive-0.5`."""
-    return f"{entry.name or f'{entry.method}-{entry.schedule.name}'}-{kept_fraction:g}"
+def variant_label(entry: VariantEntry, budget: float | Budget) -> str:
+    """How tables, runs and registered versions call a variant: `lorc-progressive-0.5`, `kq_joint-energy-16GiB`."""
+    size = f"{budget.memory_gib:g}GiB" if isinstance(budget, Budget) else f"{budget:g}"
+    return f"{entry.name or f'{entry.method.name}-{entry.schedule.name}'}-{size}"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +37,10 @@ def plan_steps(zoo: Zoo, store: Store) -> tuple[list[ModelSteps], list[Outcome]]
     found, failed = [], []
     for entry in zoo.models:
         try:
-            found.append(model_steps(zoo, resolve(entry), store, tracking_uri))
+            model = model_steps(zoo, resolve(entry), store, tracking_uri)
+            found.append(model)
+            for label, reason in model.refused:
+                failed.append(Outcome(f"variant-{entry.name}-{label}", "variant", entry.name, "failed", reason, 0.0))
         except LorcError as error:
             failed.append(Outcome(f"resolve-{entry.name}", "resolve", entry.name, "failed", str(error), 0.0))
     return found, failed
@@ -136,23 +140,22 @@ def write_tables(run: ZooRun) -> None:
                 for label, step in steps
             ]
         collect(table(name), name, [(labels, run.store.path(step)) for labels, step in parts if done(step)])
-    collect(
-        table("ranks"),
-        "ranks",
-        [
-            ({"model": model.model.entry.name, "variant": one.label}, run.store.path(one.schedule))
+    for name, step_of in (("ranks", attrgetter("schedule")), ("errors", attrgetter("variant"))):
+        labelled = [
+            ({"model": model.model.entry.name, "variant": one.label}, run.store.path(step_of(one)))
             for model in run.models
             for one in model.variants
-            if done(one.schedule)
-        ],
-    )
+            if done(step_of(one))
+        ]
+        collect(table(name), name, labelled)
     collect(
         table("spectra"),
         "spectra",
         [
-            ({"model": model.model.entry.name, "method": step.recipe["method"]}, run.store.path(step))
+            ({"model": model.model.entry.name, "method": method}, run.store.path(step))
             for model in run.models
-            for step in model.decompose
+            for method, steps in model.decompose.items()
+            for step in steps
             if done(step)
         ],
     )

@@ -1,4 +1,7 @@
-"""Decomposition against float64 SVD, known spectra and Eckart-Young; the unguarded Gram route is the control."""
+"""Weights alone against float64 SVD, known spectra and Eckart-Young; the unguarded Gram route is the control.
+
+What moments add to it is in test_moments, what each method makes of it in test_presets.
+"""
 
 import math
 
@@ -7,12 +10,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorc_core.blocks import Partition
 from lorc_core.errors import ConfigError, NumericsError
-from lorc_core.projection import decompose, left_singular, left_singular_by_gram, log10_condition
+from lorc_core.moments import Moments
+from lorc_core.projection import (
+    decompose,
+    decompose_weight,
+    kind_spectrum,
+    left_singular,
+    left_singular_by_gram,
+    log10_condition,
+)
 
 
 def random_matrix(rows, columns, seed):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def joint(width):
+    return Partition("joint", 1, width)
 
 
 def matrix_of_condition(rows, columns, condition, seed=0):
@@ -63,13 +79,13 @@ def projection_error(weight, basis):
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_decompose_at_every_rank_is_as_good_as_eckart_young_allows(rows, columns, log_condition, seed, data):
+def test_decompose_weight_at_every_rank_is_as_good_as_eckart_young_allows(rows, columns, log_condition, seed, data):
     size = min(rows, columns)
     weight = random_matrix(rows, size, seed) @ (
         torch.logspace(0, -log_condition, size, dtype=torch.float64)[:, None] * random_matrix(size, columns, seed + 1)
     )
     rank = data.draw(st.integers(1, rows))
-    factors = decompose(weight, None).factors(rank)
+    factors = decompose_weight(weight, joint(rows), None).factors([rank])
     least = torch.linalg.svdvals(weight)[rank:].norm()
     torch.testing.assert_close(
         projection_error(weight, factors.up), least, rtol=1e-6, atol=1e-10 * weight.norm().item()
@@ -84,51 +100,86 @@ def test_a_random_basis_fails_the_eckart_young_bound():
 
 
 def test_factors_are_nested_and_orthonormal():
-    decomposition = decompose(random_matrix(12, 40, 3), None)
-    full = decomposition.factors(12)
+    decomposition = decompose_weight(random_matrix(12, 40, 3), joint(12), None)
+    full = decomposition.factors([12])
     torch.testing.assert_close(full.up.T @ full.up, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-12)
     for rank in range(1, 12):
-        assert torch.equal(decomposition.factors(rank).up, full.up[:, :rank])
+        assert torch.equal(decomposition.factors([rank]).up, full.up[:, :rank])
 
 
 def test_a_bias_is_kept_whole_at_every_rank():
     weight, bias, inputs = random_matrix(12, 40, 3), random_matrix(12, 1, 4)[:, 0], random_matrix(40, 7, 5)
     left, spectrum, right = torch.linalg.svd(weight, full_matrices=False)
-    decomposition = decompose(weight, bias)
+    decomposition = decompose_weight(weight, joint(12), bias)
     for rank in (1, 5, 12):
-        factors = decomposition.factors(rank)
+        factors = decomposition.factors([rank])
         states = weight @ inputs + bias[:, None]
         rebuilt = factors.up @ (factors.down @ states) + factors.offset()[:, None]
         truncated = (left[:, :rank] * spectrum[:rank]) @ right[:rank]
         torch.testing.assert_close(rebuilt, truncated @ inputs + bias[:, None], rtol=0, atol=1e-11)
 
 
-def test_decompose_takes_more_rows_than_columns():
+def test_decompose_weight_takes_more_rows_than_columns():
     """Some models have wider keys than hidden states; the missing directions carry nothing."""
     weight = random_matrix(20, 8, 1)
-    decomposition = decompose(weight, None)
-    assert decomposition.up.shape == (20, 20)
+    decomposition = decompose_weight(weight, joint(20), None)
+    assert decomposition.up.shape == (1, 20, 20)
     torch.testing.assert_close(decomposition.singular_values, torch.linalg.svdvals(weight))
-    assert projection_error(weight, decomposition.factors(8).up) < 1e-12 * weight.norm()
+    assert projection_error(weight, decomposition.factors([8]).up) < 1e-12 * weight.norm()
 
 
-@pytest.mark.parametrize("rank", [0, 13, -1])
-def test_factors_rank_out_of_range_names_what_is_allowed(rank):
-    with pytest.raises(ConfigError, match=rf"rank must be in 1\.\.12, got {rank}"):
-        decompose(random_matrix(12, 40, 3), None).factors(rank)
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([0, 0], r"rank must be in 1\.\.6 in some block, got 0 in all"),
+        ([7, 1], r"rank must be in 0\.\.6, got 7"),
+        ([2, -1], r"rank must be in 0\.\.6, got -1"),
+        ([3], "there are 2 blocks, got 1 ranks"),
+    ],
+)
+def test_factors_ranks_out_of_range_name_what_is_allowed(ranks, message):
+    with pytest.raises(ConfigError, match=message):
+        decompose_weight(random_matrix(12, 40, 3), Partition("head", 2, 6), None).factors(ranks)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_decompose_refuses_what_is_not_finite(bad):
-    weight = random_matrix(4, 8, 0)
-    weight[2, 3] = bad
-    with pytest.raises(NumericsError, match="NaN or infinity"):
-        decompose(weight, None)
+def test_what_is_not_finite_is_refused_and_named(bad):
+    weight, bias, moment = random_matrix(4, 8, 0), torch.zeros(4).double(), torch.eye(4).double()
+    broken, broken_bias, broken_moment = weight.clone(), bias.clone(), moment.clone()
+    broken[2, 3] = broken_bias[1] = broken_moment[1, 2] = bad
+    for arguments in ((broken, joint(4), bias), (weight, joint(4), broken_bias)):
+        with pytest.raises(NumericsError, match="the weight or its bias holds NaN or infinity"):
+            decompose_weight(*arguments)
+    for name, moments, of in (
+        ("weight", Moments(moment, moment, None), broken),
+        ("states' second moment", Moments(broken_moment, moment, None), weight),
+        ("readers' second moment", Moments(moment, broken_moment, None), weight),
+        ("bias", Moments(moment, moment, broken_bias), weight),
+    ):
+        with pytest.raises(NumericsError, match=f"the {name} holds NaN or infinity"):
+            decompose(moments, of, joint(4), "interaction", rotated=False)
 
 
 def test_log10_condition_is_infinite_for_a_deficient_matrix_and_exact_otherwise():
     deficient = random_matrix(6, 3, 0) @ random_matrix(3, 20, 1)
-    assert decompose(deficient, None).log10_condition == math.inf
+    assert decompose_weight(deficient, joint(6), None).log10_condition == math.inf
     weight, _ = matrix_of_condition(16, 40, 1e5)
-    assert decompose(weight, None).log10_condition == pytest.approx(5, abs=1e-9)
+    assert decompose_weight(weight, joint(16), None).log10_condition == pytest.approx(5, abs=1e-9)
+    assert decompose_weight(weight, Partition("head", 4, 4), None).log10_condition == pytest.approx(5, abs=1e-9)
     assert log10_condition(torch.zeros(3, dtype=torch.float64), 3) == math.inf
+
+
+@pytest.mark.parametrize("block", ["head", "group(2)"])
+def test_each_block_of_a_weight_is_the_svd_of_its_own_rows(block):
+    partition = Partition(block, 4, 3)
+    weight, ranks = random_matrix(12, 40, 3), [2, 1, 3, 2][: partition.num_blocks]
+    found = decompose_weight(weight, partition, None)
+    factors, spectrum, done = found.factors(ranks), kind_spectrum(found), 0
+    for idx, (rows, rank) in enumerate(zip(weight.split(partition.width), ranks, strict=True)):
+        left, values, _ = torch.linalg.svd(rows)
+        up = factors.up[:, done : done + rank]
+        done += rank
+        torch.testing.assert_close(up @ up.T, left[:, :rank] @ left[:, :rank].T, rtol=0, atol=1e-10)
+        for energies in (spectrum.weights, spectrum.states, spectrum.read):
+            assert energies[idx] == pytest.approx(values.square().tolist(), rel=1e-9)
+    torch.testing.assert_close(found.singular_values, torch.linalg.svdvals(weight))

@@ -1,0 +1,85 @@
+"""What a variant's projections lose: at most, on calibration text, and at the least for their ranks."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorc_core.architecture import Architecture, Kind
+from lorc_core.bounds import least_read_errors
+from lorc_core.checkpoint import WeightSource
+from lorc_core.moments import LayerMoments, output_moment
+from lorc_core.projection import Factors
+
+
+@dataclass(frozen=True)
+class ProjectionErrors:
+    """Of one layer's keys or values, root mean square over tokens; None where it was not measured.
+
+    Attributes:
+        bound: Theorem 1 of LoRC, for any projection: the spectral norm of (I - P) W times the length of the input (of
+            length one, without calibration). None for rotated keys, which are no linear map of the input.
+        error: Measured length of what the cache loses of the states.
+        read_error: Measured root of tr(M (I - P) C (I - P)^T): of the logits, or of the attention output for weights
+            of one.
+        least_read_error: The least that a projection with as many floats, in the same blocks, can have.
+    """
+
+    bound: float | None
+    error: float | None
+    read_error: float | None
+    least_read_error: float | None
+
+
+def projection_errors(
+    source: WeightSource,
+    architecture: Architecture,
+    place: tuple[int, Kind],
+    factors: Factors | None,
+    calibrated: LayerMoments | None,
+) -> ProjectionErrors:
+    """What a projection loses at most, and what it lost on the calibration text.
+
+    Args:
+        source: Where the weights are.
+        architecture: Of the model.
+        place: Layer and kind.
+        factors: The projection; None where nothing is lost.
+        calibrated: What calibration measured of the layer, if there was any.
+    """
+    if factors is None:
+        return ProjectionErrors(0.0, *(None if calibrated is None else 0.0 for _ in range(3)))
+    exact = factors.to("cpu", torch.float64)
+    identity = torch.eye(architecture.kv_width, dtype=torch.float64)
+    rest = identity - exact.rebuild(exact.project_down(identity)).T
+    bound = None
+    if not factors.rotated:
+        bound = torch.linalg.matrix_norm(rest @ source.read(architecture.weight_name(*place)).double(), ord=2).item()
+        if calibrated is not None:
+            bound *= (calibrated.moments["inputs"].about(None).item()) ** 0.5
+    if calibrated is None:
+        return ProjectionErrors(bound, None, None, None)
+    prefix = "rotated_" if factors.rotated else ""
+    states = calibrated.moments[prefix + place[1]].about(exact.mean)
+    if place[1] == "values":
+        readers = output_moment(source, architecture, place[0], "stack")
+    else:
+        queries = calibrated.moments[prefix + "queries"].total / calibrated.num_tokens
+        readers = torch.block_diag(*queries)
+    lost = rest @ states @ rest.T
+    return ProjectionErrors(
+        bound=bound,
+        error=torch.trace(lost).clamp(min=0).sqrt().item(),
+        read_error=torch.trace(readers @ lost).clamp(min=0).sqrt().item(),
+        least_read_error=least_read_error(factors, states, readers),
+    )
+
+
+def least_read_error(factors: Factors, states: Float[Tensor, "n n"], readers: Float[Tensor, "n n"]) -> float | None:
+    """The best that projections of these ranks can do, block by block; not known for complex blocks."""
+    partition = factors.partition
+    if partition.rank_step != 1:
+        return None
+    blocks = zip(partition.diagonal(states), partition.diagonal(readers), factors.ranks, strict=True)
+    return sum(least_read_errors(*moments)[rank].item() for *moments, rank in blocks) ** 0.5

@@ -1,0 +1,282 @@
+"""Trained projections: rotate a variant's latent space by distillation from the untouched model, nothing else.
+
+A full-rank decomposition of any method is the start. Each layer's latents get an orthogonal rotation, the identity at
+first; ranks are drawn at random at every step, so that the factors stay nested and serve every budget.
+
+Shapes: B blocks, W channels of a block.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
+from transformers import PreTrainedModel
+
+from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
+from lorc_core.errors import ConfigError, NumericsError
+from lorc_core.methods import Reader
+from lorc_core.probes import only_gradients_of
+from lorc_core.projection import Decomposition, LayerDecomposition, layer_spectrum
+from lorc_core.runtime import Attachment, LayerFactors
+from lorc_core.schedule import Schedule, climbed_ranks
+from lorc_core.spectra import LayerSpectrum, Probes, RankSchedule
+
+CHECKPOINT_FILE = "training.pt"
+JITTER = 1.25  # a layer's floats are drawn between the schedule's over this and times this
+
+
+@dataclass(frozen=True)
+class Training:
+    """How projections are trained.
+
+    Attributes:
+        num_steps: At most.
+        batch_size: Sequences a step.
+        learning_rate: Of Adam, falling to zero along a cosine.
+        min_kept_fraction: Ranks of a step are the schedule's at a share drawn between this and `max_kept_fraction`.
+        max_kept_fraction: See above.
+        eval_every: Steps between looks at the held-out text.
+        patience: Looks without a new best after which training stops.
+        seed: Of the draws.
+    """
+
+    num_steps: int = 400
+    batch_size: int = 8
+    learning_rate: float = 3e-3
+    min_kept_fraction: float = 0.3
+    max_kept_fraction: float = 0.8
+    eval_every: int = 50
+    patience: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "eval_every", "patience"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.min_kept_fraction <= self.max_kept_fraction <= 1:
+            raise ConfigError("min_kept_fraction and max_kept_fraction must be rising shares in (0, 1]")
+
+
+Rotations = list[dict[Kind, Float[Tensor, "b w w"]]]
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where training is: what was done, of how much, and the divergence on held-out text, best and last."""
+
+    step: int
+    num_steps: int
+    best: float
+    last: float
+    rotations: Rotations
+
+
+class Rotation(nn.Module):
+    """One orthogonal matrix per block, the identity at the start."""
+
+    def __init__(self, num_blocks: int, width: int, device: torch.device) -> None:
+        super().__init__()
+        identity = torch.eye(width, device=device).repeat(num_blocks, 1, 1)
+        self.weight = nn.Parameter(identity)
+        orthogonal(self, "weight", orthogonal_map="matrix_exp", use_trivialization=True)
+
+
+class Trainer:
+    """Rotations of every layer's keys and values, and the model that they are trained in.
+
+    Args:
+        model: Without a variant attached; not changed.
+        layers: Decomposed by one method, of real blocks.
+        schedule: Of the ranks that are drawn; one that needs no measurement.
+        settings: See `Training`.
+
+    Raises:
+        ConfigError: Blocks are complex, or the schedule measures.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, layers: Sequence[LayerDecomposition], schedule: Schedule, settings: Training
+    ) -> None:
+        if any(found.partition.rank_step != 1 for layer in layers for found in layer.values()):
+            raise ConfigError("trained projections need real blocks: frequency blocks have complex ones")
+        if schedule.probe is not None:
+            raise ConfigError(f"trained projections need a schedule that measures nothing, not {schedule.name}")
+        self.model, self.settings, self.schedule = model, settings, schedule
+        self.architecture: Architecture = architecture_of(model.config)
+        self.spectra: list[LayerSpectrum] = [layer_spectrum(layer) for layer in layers]
+        self.layers = [{kind: moved(found, model.device) for kind, found in layer.items()} for layer in layers]
+        self.rotations: list[dict[Kind, Rotation]] = [
+            {kind: Rotation(found.up.shape[0], found.up.shape[1], model.device) for kind, found in layer.items()}
+            for layer in layers
+        ]
+        self.trained = nn.ModuleList(rotation for layer in self.rotations for rotation in layer.values())
+        self.generator = torch.Generator().manual_seed(settings.seed)
+
+    def train(
+        self, sequences: Int[Tensor, "s t"], heldout: Int[Tensor, "h t"], checkpoint: Path | None = None
+    ) -> Iterator[TrainingState]:
+        """Train, yielding where it is after every look at the held-out text; the last state has the best rotations.
+
+        Args:
+            sequences: Token ids to train on.
+            heldout: Token ids to stop by.
+            checkpoint: Directory in which training is kept after every look, and from which it goes on.
+
+        Raises:
+            NumericsError: The divergence is NaN or infinite.
+        """
+        settings = self.settings
+        optimizer = torch.optim.Adam(self.trained.parameters(), lr=settings.learning_rate)
+        scale = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.num_steps)
+        with self.attached() as attachment:
+            step, stale = 0, 0
+            best, best_rotations = self.divergence(attachment, heldout), self.matrices()
+            if checkpoint is not None and (checkpoint / CHECKPOINT_FILE).is_file():
+                step, stale, best, best_rotations = self.resume(checkpoint, optimizer, scale)
+            while step < settings.num_steps and stale < settings.patience:
+                self.step(attachment, sequences, optimizer)
+                scale.step()
+                step += 1
+                if step % settings.eval_every and step != settings.num_steps:
+                    continue
+                found = self.divergence(attachment, heldout)
+                if not math.isfinite(found):
+                    raise NumericsError(f"training step {step}: the divergence on held-out text is {found}")
+                stale = 0 if found < best else stale + 1
+                if found < best:
+                    best, best_rotations = found, self.matrices()
+                if checkpoint is not None:
+                    self.keep(checkpoint, optimizer, scale, (step, stale, best, best_rotations))
+                yield TrainingState(step, settings.num_steps, best, found, best_rotations)
+            yield TrainingState(step, step, best, best, best_rotations)
+
+    def attached(self) -> Attachment:
+        """The model with hooks on every layer; each step brings its own factors."""
+        full = self.factors(self.drawn_ranks(1.0, jitter=False))
+        return Attachment(self.model, self.architecture, full).start()
+
+    def matrices(self) -> Rotations:
+        """The rotations as they are now."""
+        return [{kind: layer[kind].weight.detach().clone().cpu() for kind in KINDS} for layer in self.rotations]
+
+    def drawn_ranks(self, kept_fraction: float, *, jitter: bool) -> RankSchedule:
+        """The schedule's ranks at a share, each layer's and kind's floats drawn around them."""
+        ranks = self.schedule.ranks(self.spectra, kept_fraction)
+        stairs = self.schedule.stairs(self.spectra, Probes())
+        steps = []
+        for idx, stair in enumerate(stairs):
+            layer, kind = ranks.layers[idx // len(KINDS)], KINDS[idx % len(KINDS)]
+            factor = JITTER ** (2 * torch.rand((), generator=self.generator).item() - 1) if jitter else 1.0
+            steps.append(stair.nearest(layer.floats(kind) * factor))
+        return climbed_ranks(stairs, steps, ranks.kv_width)
+
+    def factors(self, ranks: RankSchedule) -> list[LayerFactors]:
+        """Truncated rotated factors, through which gradients flow to the rotations."""
+        return [
+            {
+                kind: rotated(self.layers[idx][kind], layer[kind].weight).factors(ranks.layers[idx].of(kind))
+                for kind in KINDS
+            }
+            for idx, layer in enumerate(self.rotations)
+        ]
+
+    def step(self, attachment: Attachment, sequences: Int[Tensor, "s t"], optimizer: torch.optim.Optimizer) -> None:
+        settings = self.settings
+        rows = torch.randint(len(sequences), (settings.batch_size,), generator=self.generator)
+        share = torch.rand((), generator=self.generator).item()
+        kept = settings.min_kept_fraction + share * (settings.max_kept_fraction - settings.min_kept_fraction)
+        ranks = self.drawn_ranks(kept, jitter=True)
+        with only_gradients_of(self.model, []):
+            loss = self.batch_divergence(attachment, sequences[rows], self.factors(ranks))
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+
+    def batch_divergence(
+        self, attachment: Attachment, batch: Int[Tensor, "b t"], factors: Sequence[LayerFactors]
+    ) -> Float[Tensor, ""]:
+        """KL divergence of the compressed model's next-token distribution from the untouched one's, in nats."""
+        ids = batch.to(self.model.device)
+        attachment.use([dict.fromkeys(KINDS) for _ in factors])
+        with torch.no_grad():
+            target = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        attachment.use(factors)
+        found = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        return nn.functional.kl_div(found, target, log_target=True, reduction="sum") / ids.numel()
+
+    @torch.no_grad()
+    def divergence(self, attachment: Attachment, heldout: Int[Tensor, "h t"]) -> float:
+        """Mean over held-out text and the least, middle and largest share that training draws."""
+        settings = self.settings
+        shares = (settings.min_kept_fraction, settings.max_kept_fraction)
+        total = 0.0
+        for kept in (shares[0], sum(shares) / 2, shares[1]):
+            factors = self.factors(self.drawn_ranks(kept, jitter=False))
+            for batch in heldout.split(settings.batch_size):
+                total += self.batch_divergence(attachment, batch, factors).item() * len(batch)
+        return total / (3 * len(heldout))
+
+    def keep(
+        self,
+        directory: Path,
+        optimizer: torch.optim.Optimizer,
+        scale: torch.optim.lr_scheduler.LRScheduler,
+        progress: tuple[int, int, float, Rotations],
+    ) -> None:
+        """Everything that training goes on from."""
+        directory.mkdir(parents=True, exist_ok=True)
+        state = {
+            "rotations": self.trained.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scale": scale.state_dict(),
+            "generator": self.generator.get_state(),
+            "progress": progress,
+        }
+        torch.save(state, directory / f"{CHECKPOINT_FILE}.partial")
+        (directory / f"{CHECKPOINT_FILE}.partial").rename(directory / CHECKPOINT_FILE)
+
+    def resume(
+        self, directory: Path, optimizer: torch.optim.Optimizer, scale: torch.optim.lr_scheduler.LRScheduler
+    ) -> tuple[int, int, float, Rotations]:
+        state = torch.load(directory / CHECKPOINT_FILE, weights_only=True, map_location=self.model.device)
+        self.trained.load_state_dict(state["rotations"])
+        optimizer.load_state_dict(state["optimizer"])
+        scale.load_state_dict(state["scale"])
+        self.generator.set_state(state["generator"].cpu())
+        step, stale, best, rotations = state["progress"]
+        return step, stale, best, rotations
+
+
+def moved(found: Decomposition, device: torch.device) -> Decomposition:
+    """Factors in float32 on the device that trains."""
+    own_down = None if found.own_down is None else found.own_down.to(device, torch.float32)
+    mean = None if found.mean is None else found.mean.to(device, torch.float32)
+    return replace(found, up=found.up.to(device, torch.float32), own_down=own_down, mean=mean)
+
+
+def rotated(found: Decomposition, rotation: Float[Tensor, "b w w"]) -> Decomposition:
+    """The same projections at full rank, along other directions: up Q, Q^T down."""
+    own_down = None if found.own_down is None else rotation.mT @ found.own_down
+    return replace(found, up=found.up @ rotation, own_down=own_down)
+
+
+def rotated_decomposition(found: Decomposition, rotation: Float[Tensor, "b w w"], reader: Reader) -> Decomposition:
+    """`rotated`, with what each new direction saves of the error that the start's method minimises.
+
+    Of the interaction form, with G = Q^T S Q, the error at rank K is the sum of G_ij^2 over i, j > K; of the others the
+    sum of (Q^T E Q)_ii over i > K.
+    """
+    exact = rotation.double()
+    energies = found.read_energies.double()
+    if reader == "interaction":
+        squares = (exact.mT * energies.sqrt()[:, None, :] @ exact).square()
+        corner = squares.flip(-1, -2).cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1).flip(-1)
+        saved = corner - torch.cat([corner[:, 1:], corner.new_zeros(len(corner), 1)], dim=1)
+    else:
+        saved = (exact.mT * energies[:, None, :] @ exact).diagonal(dim1=-2, dim2=-1)
+    return replace(rotated(found, rotation.to(found.up.dtype)), read_energies=saved.clamp(min=0))
