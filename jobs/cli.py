@@ -118,12 +118,36 @@ def generate(
     raise typer.Exit(generate_text(variant, prompt, max_new_tokens, workdir))
 
 
+@app.command()
+def methods() -> None:
+    """List the presets with their axes and sources."""
+    from jobs.show_methods import show_methods
+
+    raise typer.Exit(show_methods())
+
+
+@app.command()
+def spectrum(zoo: ZooFile, workdir: Workdir = WORKDIR) -> None:
+    """Show per layer the conditions, effective ranks and ranks by schedule and, with calibration, the best preset."""
+    from jobs.show_spectrum import show_spectrum
+
+    raise typer.Exit(show_spectrum(zoo, workdir))
+
+
 @bench.command("svd")
 def bench_svd() -> None:
     """Our decomposition against numpy.linalg.svd on the key shapes of 8B, 13B and 70B models."""
     from jobs.bench_svd import main as bench_svd_main
 
     bench_svd_main()
+
+
+@bench.command("calibrate")
+def bench_calibrate() -> None:
+    """Calibration against a plain forward pass over the same tokens, and its peak memory."""
+    from jobs.bench_calibrate import main as bench_calibrate_main
+
+    bench_calibrate_main()
 
 
 def main() -> None:

@@ -20,7 +20,14 @@ def compress_zoo(zoo_file: Path, workdir: Path, until: Until) -> int:
     screen = console()
     progress = StepProgress(screen)
     with progress.bars:
-        done = run_zoo(zoo, workdir, until=until, on_plan=progress.plan, on_outcome=progress.record)
+        done = run_zoo(
+            zoo,
+            workdir,
+            until=until,
+            on_plan=progress.plan,
+            on_outcome=progress.record,
+            on_progress=progress.advance,
+        )
     if rows := results(done):
         screen.print(results_table(rows))
     screen.print(summary(done))

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from pipeline.results import Result
-from pipeline.steps import Outcome, Step
+from pipeline.steps import Milestone, Outcome, Step
 
 GIB = 1024**3
 WIDTH_OF_FILES = 140  # where the output is no terminal
@@ -35,6 +35,12 @@ class StepProgress:
             if step.name not in self.rows:
                 total = sum(one.name == step.name for one in steps)
                 self.rows[step.name] = self.bars.add_task(step.name, total=total)
+
+    def advance(self, reached: Milestone) -> None:
+        """A bar of its own for a step that tells how far it has come."""
+        if reached.key not in self.rows:
+            self.rows[reached.key] = self.bars.add_task(reached.label, total=reached.total)
+        self.bars.update(self.rows[reached.key], completed=reached.done, total=reached.total)
 
     def count(self, outcome: Outcome) -> None:
         if outcome.name in self.rows:

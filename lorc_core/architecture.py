@@ -4,6 +4,7 @@ Shapes of the cache, whether keys are rotated, and where the key and value proje
 `FAMILIES` per model type; nothing here reads a weight.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -72,8 +73,10 @@ class Architecture:
     max_tokens: int
     rotary_frequencies: tuple[float, ...] = field(default=(), compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rotary_frequencies", tuple(self.rotary_frequencies))  # a list, read from JSON
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Architecture":
+        """The inverse of `to_dict`, also after JSON, which has lists for tuples."""
+        return cls(**(dict(saved) | {"rotary_frequencies": tuple(saved["rotary_frequencies"])}))
 
     @property
     def kv_width(self) -> int:

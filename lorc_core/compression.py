@@ -104,7 +104,7 @@ def compress(
     calibration: Int[Tensor, "sequences tokens"] | Path | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Variant:
-    """Compress a model's key-value cache, without training.
+    """Compress a model's key-value cache; its weights are never changed.
 
     Args:
         model_or_dir: A loaded model, or a transformers directory with safetensors. Of a directory only the layers'
@@ -152,6 +152,7 @@ def compress(
         decompose_layer(source, architecture, idx, chosen_method, calibrated[idx] if calibrated else None)
         for idx in range(architecture.num_layers)
     ]
+    layers = measuring.trained(chosen_method, layers) if measuring else layers
     spectra = [layer_spectrum(layer) for layer in layers]
     probes = measuring.probes(chosen, layers) if measuring else None
     ranks = chosen.ranks(spectra, kept_fraction, probes)

@@ -19,6 +19,7 @@ from lorc_core.projection import LayerDecomposition, layer_spectrum
 from lorc_core.runtime import Attachment
 from lorc_core.schedule import Schedule, Sensitivity
 from lorc_core.spectra import Probes, RankSchedule
+from lorc_core.training import Trainer, trained_layers
 
 
 def loss_at_ranks(
@@ -63,6 +64,13 @@ class Measuring:
         """See `calibrate`."""
         check_enough_tokens(method, self.architecture, self.sequences.numel())
         return calibrate(self.model, self.batches)
+
+    def trained(self, method: Method, layers: list[LayerDecomposition]) -> list[LayerDecomposition]:
+        """The layers after the method's training, if it has any."""
+        if method.training is None:
+            return layers
+        *_, last = Trainer(self.model, layers, method.training).train(self.sequences)
+        return trained_layers(layers, last.rotations, method)
 
     def probes(self, schedule: Schedule, layers: Sequence[LayerDecomposition]) -> Probes | None:
         """What the schedule asks for beside spectra."""

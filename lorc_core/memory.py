@@ -5,7 +5,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from lorc_core.architecture import KINDS, Architecture
 from lorc_core.errors import UnsupportedModelError
-from lorc_core.methods import Axes, Method
+from lorc_core.methods import Method
 from lorc_core.spectra import RankSchedule
 
 
@@ -51,13 +51,5 @@ def planned_factor_floats(schedule: RankSchedule, method: Method, architecture: 
                 axes = method.axes(layer_idx, kind)
                 sides = 2 if axes.reader == "interaction" else 1
                 total += sides * layer.floats(kind) * axes.partition(architecture).width
-                total += schedule.kv_width if has_mean(architecture, axes) else 0
+                total += schedule.kv_width if axes.has_mean(architecture) else 0
     return total
-
-
-def has_mean(architecture: Architecture, axes: Axes) -> bool:
-    """Whether a constant is kept beside the factors."""
-    if axes.rotated(architecture):
-        return False
-    known = architecture.bias or (architecture.input_norm == "layer" and axes.statistics != "weights")
-    return known or axes.mean == "measured"

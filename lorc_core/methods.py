@@ -53,10 +53,49 @@ class Axes:
         """Whether the cached states of a model are rotated ones."""
         return architecture.rotary and self.space == "post_rope"
 
+    def has_mean(self, architecture: Architecture) -> bool:
+        """Whether a constant is kept beside the factors."""
+        if self.rotated(architecture):
+            return False
+        known = architecture.bias or (architecture.input_norm == "layer" and self.statistics != "weights")
+        return known or self.mean == "measured"
+
     def partition(self, architecture: Architecture) -> Partition:
         """The blocks of one layer of a model; ConfigError where it cannot have them."""
         rotary = architecture.rotary
         return partition_of(self.block, architecture.num_kv_heads, architecture.head_dim, rotary=rotary)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a method's projections are trained on from there: by distillation, with ranks drawn at random.
+
+    Attributes:
+        num_steps: At most.
+        batch_size: Sequences a step.
+        learning_rate: Of Adam, falling to zero along a cosine.
+        min_kept_fraction: Ranks of a step are the schedule's at a share drawn between this and `max_kept_fraction`.
+        max_kept_fraction: See above.
+        eval_every: Steps between looks at the held-out text.
+        patience: Looks without a new best after which training stops.
+        seed: Of the draws.
+    """
+
+    num_steps: int = 400
+    batch_size: int = 8
+    learning_rate: float = 3e-3
+    min_kept_fraction: float = 0.3
+    max_kept_fraction: float = 0.8
+    eval_every: int = 50
+    patience: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "eval_every", "patience"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.min_kept_fraction <= self.max_kept_fraction <= 1:
+            raise ConfigError("min_kept_fraction and max_kept_fraction must be rising shares in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -70,6 +109,7 @@ class Method:
         schedule: The one of its source.
         source: Where it was published, and how far this is that.
         layers: Other methods for single layers, by layer.
+        training: How its factors are trained; None where they are not.
     """
 
     name: str
@@ -78,8 +118,13 @@ class Method:
     schedule: str
     source: str
     layers: Mapping[int, "Method"] = field(default_factory=dict)
+    training: Training | None = None
 
     def __post_init__(self) -> None:
+        if self.training and "frequency" in [one.keys.block for one in (self, *self.layers.values())]:
+            raise ConfigError("trained projections need real blocks; those of block frequency are complex")
+        if any(one.training for one in self.layers.values()):
+            raise ConfigError("training is of all layers together, not of single ones")
         if self.values.space != "pre_rope" or self.values.block == "frequency":
             raise ConfigError("values are not rotated: their space is pre_rope, and their block not frequency")
 
@@ -93,8 +138,8 @@ class Method:
 
     @property
     def needs_calibration(self) -> bool:
-        everything = (self, *self.layers.values())
-        return any(axes.statistics == "calibration" for one in everything for axes in (one.keys, one.values))
+        axes = [axes for one in (self, *self.layers.values()) for axes in (one.keys, one.values)]
+        return self.training is not None or any(one.statistics == "calibration" for one in axes)
 
     def check(self, architecture: Architecture) -> None:
         """Raise ConfigError where a model cannot be compressed so; the message says why."""
@@ -118,8 +163,9 @@ class Method:
 def method_from_dict(saved: Mapping[str, Any]) -> Method:
     """The inverse of `Method.to_dict`."""
     layers = {int(idx): method_from_dict(method) for idx, method in saved["layers"].items()}
-    axes = {kind: Axes(**saved[kind]) for kind in KINDS}
-    return Method(saved["name"], axes["keys"], axes["values"], saved["schedule"], saved["source"], layers)
+    training = Training(**saved["training"]) if saved["training"] else None
+    keys, values = (Axes(**saved[kind]) for kind in KINDS)
+    return Method(saved["name"], keys, values, saved["schedule"], saved["source"], layers, training)
 
 
 def both(axes: Axes, **keys: Any) -> tuple[Axes, Axes]:
@@ -194,6 +240,13 @@ METHODS = {
             values=Axes("calibration", "interaction"),
             schedule="energy",
             source="PhasorKV's freq layout: one complex block per rotary frequency; values joint",
+        ),
+        Method(
+            "matryoshka",
+            *both(Axes("calibration", "interaction")),
+            schedule="energy",
+            source="MatryoshkaKV, arXiv 2410.14731: orthogonal projections trained by distillation, here from kq_joint",
+            training=Training(),
         ),
     )
 }

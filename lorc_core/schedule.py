@@ -335,10 +335,22 @@ def floats_at(ramp: Sequence[ErrorLevel], epsilon: float) -> tuple[float, float]
     """Least floats of keys and values whose error is at most epsilon, on straight lines between levels."""
     above = bisect_right(ramp, epsilon, key=lambda level: level.error)
     if above == len(ramp):
-        return ramp[-1].keys, ramp[-1].values
+        return float(ramp[-1].keys), float(ramp[-1].values)
     within, beyond = ramp[above - 1], ramp[above]
     part = (epsilon - within.error) / (beyond.error - within.error)
     return within.keys + part * (beyond.keys - within.keys), within.values + part * (beyond.values - within.values)
+
+
+def error_at(levels: Sequence[ErrorLevel], floats: float) -> float:
+    """The error where keys and values have so many floats together, on straight lines between levels."""
+    width = max(max(level.keys, level.values) for level in levels)
+    ramp = error_ramp(levels, width)
+    for within, beyond in itertools.pairwise(ramp):
+        held, less = within.keys + within.values, beyond.keys + beyond.values
+        if less <= floats:
+            part = (held - floats) / (held - less) if held > less else 1.0
+            return within.error + max(part, 0.0) * (beyond.error - within.error)
+    return ramp[-1].error
 
 
 def lower_hull(points: Sequence[CurvePoint]) -> list[CurvePoint]:

@@ -173,8 +173,7 @@ class Staircase:
 
     def _ladder(self, block: int, gains: Sequence[float], blocks_together: int) -> list[RankStep]:
         width = self.partition.width
-        multiple = max(self.rank_multiple, self.partition.rank_step)
-        multiple -= multiple % self.partition.rank_step
+        multiple = math.lcm(self.rank_multiple, self.partition.rank_step)
         steps: list[RankStep] = []
         for start in range(0, width, multiple):
             stop = min(start + multiple, width)
@@ -192,7 +191,7 @@ class Staircase:
             totals.append(total)
         return totals
 
-    def nearest(self, floats: float) -> int:
+    def nearest(self, floats: int | float) -> int:
         """The number of steps, at least one, whose total is nearest."""
         above = min(bisect_left(self.totals, floats), len(self.totals) - 1)
         candidates = [above] if above == 0 else [above - 1, above]

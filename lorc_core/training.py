@@ -19,47 +19,17 @@ from transformers import PreTrainedModel
 
 from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
 from lorc_core.errors import ConfigError, NumericsError
-from lorc_core.methods import Reader
+from lorc_core.methods import Method, Reader, Training
 from lorc_core.probes import only_gradients_of
 from lorc_core.projection import Decomposition, LayerDecomposition, layer_spectrum
 from lorc_core.runtime import Attachment, LayerFactors
-from lorc_core.schedule import Schedule, climbed_ranks
+from lorc_core.schedule import Energy, climbed_ranks
 from lorc_core.spectra import LayerSpectrum, Probes, RankSchedule
 
 CHECKPOINT_FILE = "training.pt"
+DRAWS = Energy(spectrum="weights")  # around whose ranks those of a step are drawn
+HELDOUT_SHARE = 8  # one in so many sequences is held out
 JITTER = 1.25  # a layer's floats are drawn between the schedule's over this and times this
-
-
-@dataclass(frozen=True)
-class Training:
-    """How projections are trained.
-
-    Attributes:
-        num_steps: At most.
-        batch_size: Sequences a step.
-        learning_rate: Of Adam, falling to zero along a cosine.
-        min_kept_fraction: Ranks of a step are the schedule's at a share drawn between this and `max_kept_fraction`.
-        max_kept_fraction: See above.
-        eval_every: Steps between looks at the held-out text.
-        patience: Looks without a new best after which training stops.
-        seed: Of the draws.
-    """
-
-    num_steps: int = 400
-    batch_size: int = 8
-    learning_rate: float = 3e-3
-    min_kept_fraction: float = 0.3
-    max_kept_fraction: float = 0.8
-    eval_every: int = 50
-    patience: int = 3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "eval_every", "patience"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.min_kept_fraction <= self.max_kept_fraction <= 1:
-            raise ConfigError("min_kept_fraction and max_kept_fraction must be rising shares in (0, 1]")
 
 
 Rotations = list[dict[Kind, Float[Tensor, "b w w"]]]
@@ -92,21 +62,11 @@ class Trainer:
     Args:
         model: Without a variant attached; not changed.
         layers: Decomposed by one method, of real blocks.
-        schedule: Of the ranks that are drawn; one that needs no measurement.
         settings: See `Training`.
-
-    Raises:
-        ConfigError: Blocks are complex, or the schedule measures.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, layers: Sequence[LayerDecomposition], schedule: Schedule, settings: Training
-    ) -> None:
-        if any(found.partition.rank_step != 1 for layer in layers for found in layer.values()):
-            raise ConfigError("trained projections need real blocks: frequency blocks have complex ones")
-        if schedule.probe is not None:
-            raise ConfigError(f"trained projections need a schedule that measures nothing, not {schedule.name}")
-        self.model, self.settings, self.schedule = model, settings, schedule
+    def __init__(self, model: PreTrainedModel, layers: Sequence[LayerDecomposition], settings: Training) -> None:
+        self.model, self.settings = model, settings
         self.architecture: Architecture = architecture_of(model.config)
         self.spectra: list[LayerSpectrum] = [layer_spectrum(layer) for layer in layers]
         self.layers = [{kind: moved(found, model.device) for kind, found in layer.items()} for layer in layers]
@@ -117,20 +77,22 @@ class Trainer:
         self.trained = nn.ModuleList(rotation for layer in self.rotations for rotation in layer.values())
         self.generator = torch.Generator().manual_seed(settings.seed)
 
-    def train(
-        self, sequences: Int[Tensor, "s t"], heldout: Int[Tensor, "h t"], checkpoint: Path | None = None
-    ) -> Iterator[TrainingState]:
+    def train(self, text: Int[Tensor, "s t"], checkpoint: Path | None = None) -> Iterator[TrainingState]:
         """Train, yielding where it is after every look at the held-out text; the last state has the best rotations.
 
         Args:
-            sequences: Token ids to train on.
-            heldout: Token ids to stop by.
+            text: Token ids; one sequence in eight is held out.
             checkpoint: Directory in which training is kept after every look, and from which it goes on.
 
         Raises:
+            ConfigError: There are fewer than two sequences.
             NumericsError: The divergence is NaN or infinite.
         """
+        if len(text) < 2:
+            raise ConfigError(f"training needs two sequences of calibration text at least, got {len(text)}")
         settings = self.settings
+        sequences = text[[idx for idx in range(len(text)) if idx % HELDOUT_SHARE]]
+        heldout = text[::HELDOUT_SHARE]
         optimizer = torch.optim.Adam(self.trained.parameters(), lr=settings.learning_rate)
         scale = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.num_steps)
         with self.attached() as attachment:
@@ -165,9 +127,9 @@ class Trainer:
         return [{kind: layer[kind].weight.detach().clone().cpu() for kind in KINDS} for layer in self.rotations]
 
     def drawn_ranks(self, kept_fraction: float, *, jitter: bool) -> RankSchedule:
-        """The schedule's ranks at a share, each layer's and kind's floats drawn around them."""
-        ranks = self.schedule.ranks(self.spectra, kept_fraction)
-        stairs = self.schedule.stairs(self.spectra, Probes())
+        """Ranks at a share, each layer's and kind's floats drawn around them."""
+        ranks = DRAWS.ranks(self.spectra, kept_fraction)
+        stairs = DRAWS.stairs(self.spectra, Probes())
         steps = []
         for idx, stair in enumerate(stairs):
             layer, kind = ranks.layers[idx // len(KINDS)], KINDS[idx % len(KINDS)]
@@ -263,6 +225,19 @@ def rotated(found: Decomposition, rotation: Float[Tensor, "b w w"]) -> Decomposi
     """The same projections at full rank, along other directions: up Q, Q^T down."""
     own_down = None if found.own_down is None else rotation.mT @ found.own_down
     return replace(found, up=found.up @ rotation, own_down=own_down)
+
+
+def trained_layers(
+    layers: Sequence[LayerDecomposition], rotations: Rotations, method: Method
+) -> list[LayerDecomposition]:
+    """The start's decompositions, rotated."""
+    return [
+        {
+            kind: rotated_decomposition(layer[kind], rotations[idx][kind], method.axes(idx, kind).reader)
+            for kind in KINDS
+        }
+        for idx, layer in enumerate(layers)
+    ]
 
 
 def rotated_decomposition(found: Decomposition, rotation: Float[Tensor, "b w w"], reader: Reader) -> Decomposition:

@@ -24,6 +24,7 @@ SCHEMA_VERSION = 2
 CONFIG_FILE = "lorc_config.json"
 FACTORS_FILE = "factors.safetensors"
 MANIFEST_FILE = "manifest.json"
+FACTOR_TENSORS = ("up", "own_down", "mean")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def load_variant(directory: Path | str) -> Variant:
     tensors = load_file(directory / FACTORS_FILE)
     try:
         ranks = RankSchedule.from_dict(config["ranks"])
-        architecture, method = Architecture(**config["architecture"]), method_from_dict(config["method"])
+        architecture, method = Architecture.from_dict(config["architecture"]), method_from_dict(config["method"])
         return Variant(
             base=BaseModel(**config["base"]),
             architecture=architecture,
@@ -152,12 +153,18 @@ def read_factors(
     if sum(ranks) == architecture.kv_width:
         return None
     partition = axes.partition(architecture)
-    up = tensors.get(f"{prefix}.up")
-    expected = (partition.width, sum(ranks))
-    if up is None or tuple(up.shape) != expected:
-        found = "absent" if up is None else f"{tuple(up.shape)}"
-        raise ArtifactError(f"{directory / FACTORS_FILE}: {prefix}.up must be {expected}, it is {found}")
-    own_down, mean = tensors.get(f"{prefix}.own_down"), tensors.get(f"{prefix}.mean")
+    expected: dict[str, tuple[int, ...]] = {"up": (partition.width, sum(ranks))}
+    if axes.reader == "interaction":
+        expected["own_down"] = (sum(ranks), partition.width)
+    if axes.has_mean(architecture):
+        expected["mean"] = (architecture.kv_width,)
+    for name, shape in expected.items():
+        tensor = tensors.get(f"{prefix}.{name}")
+        if tensor is None or tuple(tensor.shape) != shape:
+            found = "absent" if tensor is None else f"{tuple(tensor.shape)}"
+            raise ArtifactError(f"{directory / FACTORS_FILE}: {prefix}.{name} must be {shape}, it is {found}")
+    up, own_down, mean = (tensors[f"{prefix}.{name}"] if name in expected else None for name in FACTOR_TENSORS)
+    assert up is not None
     return Factors(partition, ranks, up, own_down, mean, axes.rotated(architecture))
 
 

@@ -3,10 +3,11 @@
 import importlib.metadata
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorc_core.architecture import KINDS
 from lorc_core.calibration import check_enough_tokens
 from lorc_core.errors import ConfigError
 from lorc_core.methods import Method
@@ -28,6 +29,7 @@ class VariantSteps:
     """The steps of one variant of one model."""
 
     label: str
+    method: str
     schedule: Step
     variant: Step
     evaluate: Step
@@ -80,13 +82,13 @@ def model_steps(zoo: Zoo, model: ResolvedModel, store: Store, tracking_uri: str)
             except ConfigError as error:
                 refused.append((label, f"{label}: {error}"))
                 continue
-            layers = decompose_steps(model, entry.method, calibrated)
+            layers = decompose_steps(model, entry.method, calibrated, store)
             decompositions.setdefault(entry.method.name, layers)
             scheduled = schedule_steps(model, entry, budget, layers, calibrated)
             written = variant_step(model, entry, scheduled, layers, calibrated)
             evaluated = evaluate_step(zoo, model, windows, written)
             registered = register_step(zoo, model, label, (written, baseline, evaluated, windows), tracking_uri, store)
-            variants.append(VariantSteps(label, scheduled, written, evaluated, registered))
+            variants.append(VariantSteps(label, entry.method.name, scheduled, written, evaluated, registered))
     return ModelSteps(model, decompositions, windows, baseline, tuple(variants), tuple(refused))
 
 
@@ -168,9 +170,34 @@ def need_of(model: ResolvedModel) -> Need:
     return Need(resources.num_cpus, resources.num_gpus, resources.memory_bytes)
 
 
-def decompose_steps(model: ResolvedModel, method: Method, calibrated: Calibrated | None) -> tuple[Step, ...]:
-    layers = range(model.architecture.num_layers)
-    return tuple(decompose_step(model, method.at(layer_idx), layer_idx, calibrated) for layer_idx in layers)
+def decompose_steps(
+    model: ResolvedModel, method: Method, calibrated: Calibrated | None, store: Store
+) -> tuple[Step, ...]:
+    """Each layer's last decomposition: the method's own or, with training, that one rotated."""
+    starts = tuple(
+        decompose_step(model, method.at(layer_idx), layer_idx, calibrated)
+        for layer_idx in range(model.architecture.num_layers)
+    )
+    if method.training is None:
+        return starts
+    assert calibrated is not None
+    trained = Step(
+        name="train",
+        model=model.entry.name,
+        recipe={**running(model), "training": asdict(method.training)},
+        inputs={"windows": calibrated.windows, "layers": starts},
+        need=need_of(model),
+    )
+    trained = replace(trained, places={**loading(model), "checkpoint_dir": str(store.root / "training" / trained.key)})
+    return tuple(
+        Step(
+            name="rotate",
+            model=model.entry.name,
+            recipe={"layer_idx": idx, "readers": {kind: method.axes(idx, kind).reader for kind in KINDS}},
+            inputs={"layer": start, "trained": trained},
+        )
+        for idx, start in enumerate(starts)
+    )
 
 
 def decompose_step(model: ResolvedModel, method: Method, layer_idx: int, calibrated: Calibrated | None) -> Step:

@@ -18,9 +18,12 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from lorc_core.errors import ConfigError
-from pipeline.steps import Call, Need, Outcome, Step, Store, call_of
+from pipeline.steps import Call, Milestone, Need, Outcome, Step, Store, call_of
 
 LOST_WORKER_RETRIES = 2
+
+
+Record = Callable[[Outcome | Milestone], None]
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def check_reachable(address: str) -> None:
 
 
 @ray.remote(max_retries=LOST_WORKER_RETRIES, num_returns="streaming")
-def remote_calls(calls: Sequence[Call], store: Store, num_threads: int) -> Iterator[Outcome]:
+def remote_calls(calls: Sequence[Call], store: Store, num_threads: int) -> Iterator[Outcome | Milestone]:
     import torch
 
     from pipeline.tasks import run_calls  # torch and transformers; the driver needs neither
@@ -84,6 +87,7 @@ def run_steps(
     store: Store,
     address: str | None,
     on_outcome: Callable[[Outcome], None],
+    on_progress: Callable[[Milestone], None] = lambda progress: None,
 ) -> list[Outcome]:
     """Run steps whose inputs are among them or done.
 
@@ -93,6 +97,7 @@ def run_steps(
         store: Where finished artifacts are and go.
         address: Of the Ray cluster; see `cluster`. None is started for steps that run in this process.
         on_outcome: Called in this process for every outcome as it comes.
+        on_progress: Likewise, whenever a long step tells how far it has come.
 
     Returns:
         One outcome per step, in their order.
@@ -100,9 +105,12 @@ def run_steps(
     outcomes = dict(done)
     batches = batches_of(steps)
 
-    def record(outcome: Outcome) -> None:
-        outcomes[outcome.key] = outcome
-        on_outcome(outcome)
+    def record(found: Outcome | Milestone) -> None:
+        if isinstance(found, Milestone):
+            on_progress(found)
+            return
+        outcomes[found.key] = found
+        on_outcome(found)
 
     with nullcontext() if all(batch.need is None for batch in batches) else cluster(address):
         drive(batches, outcomes, record, store)
@@ -117,9 +125,7 @@ def batches_of(steps: Sequence[Step]) -> list[Batch]:
     return [Batch(tuple(group)) for group in groups.values()]
 
 
-def drive(
-    batches: Sequence[Batch], outcomes: dict[str, Outcome], record: Callable[[Outcome], None], store: Store
-) -> None:
+def drive(batches: Sequence[Batch], outcomes: dict[str, Outcome], record: Record, store: Store) -> None:
     """Submit each batch when its inputs have outcomes, and record outcomes as they come, until none is left."""
     waiting = list(batches)
     running: dict[Any, list[Step]] = {}
@@ -137,7 +143,7 @@ def start(
     batch: Batch,
     running: dict[Any, list[Step]],
     outcomes: dict[str, Outcome],
-    record: Callable[[Outcome], None],
+    record: Record,
     store: Store,
 ) -> None:
     """Submit a batch's steps, or run them here, or record why they cannot run."""
@@ -159,7 +165,7 @@ def is_ready(batch: Batch, outcomes: dict[str, Outcome]) -> bool:
     return all(needed.key in outcomes for step in batch.steps for needed in step.input_steps())
 
 
-def skip_broken(batch: Batch, outcomes: dict[str, Outcome], record: Callable[[Outcome], None]) -> list[Step]:
+def skip_broken(batch: Batch, outcomes: dict[str, Outcome], record: Record) -> list[Step]:
     """Record the steps whose inputs failed as skipped, naming the cause; return the others."""
     runnable = []
     for step in batch.steps:
@@ -171,7 +177,7 @@ def skip_broken(batch: Batch, outcomes: dict[str, Outcome], record: Callable[[Ou
     return runnable
 
 
-def fail(steps: Sequence[Step], error: str, record: Callable[[Outcome], None]) -> None:
+def fail(steps: Sequence[Step], error: str, record: Record) -> None:
     for step in steps:
         record(Outcome(step.key, step.name, step.model, "failed", error, 0.0))
 
@@ -194,14 +200,14 @@ def submit(steps: Sequence[Step], need: Need, store: Store) -> Any:
     return remote_calls.options(**options).remote(calls, store, max(1, math.floor(need.num_cpus)))
 
 
-def receive(running: dict[Any, list[Step]], outcomes: dict[str, Outcome], record: Callable[[Outcome], None]) -> None:
+def receive(running: dict[Any, list[Step]], outcomes: dict[str, Outcome], record: Record) -> None:
     """Wait for the next outcome of any running task and record it; drop tasks that have ended."""
     ready, _ = ray.wait(list(running), num_returns=1)
     stream: Any
     for stream in ready:
         try:
-            outcome: Any = ray.get(next(stream))
-            record(outcome)
+            found: Any = ray.get(next(stream))
+            record(found)
         except StopIteration:
             del running[stream]
         except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:

@@ -23,6 +23,8 @@ from lorc_core.variant import MANIFEST_FILE, write_manifest
 REVISIONS = {
     "calibrate": 1,
     "decompose": 3,
+    "train": 1,
+    "rotate": 1,
     "probe": 1,
     "schedule": 2,
     "search": 1,
@@ -152,6 +154,16 @@ class Outcome:
     status: str
     error: str | None
     elapsed_s: float
+
+
+@dataclass(frozen=True)
+class Milestone:
+    """How far a long step has come: `done` of `total` parts."""
+
+    key: str
+    label: str
+    done: int
+    total: int
 
 
 def call_of(step: Step, store: Store) -> Call:

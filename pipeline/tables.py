@@ -43,6 +43,7 @@ SCHEMAS = {
             ("least_read_error", pa.float64()),
         ]
     ),
+    "training": pa.schema([("step", pa.int32()), ("best", pa.float64()), ("last", pa.float64())]),
     "scores": pa.schema(
         [
             ("text", pa.string()),

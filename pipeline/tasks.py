@@ -6,6 +6,7 @@ decide the result (the content of the model behind `model_dir`, say).
 
 import json
 import operator
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,21 +25,22 @@ from lorc_core.blocks import Partition
 from lorc_core.calibration import calibrate as core_calibrate
 from lorc_core.checkpoint import Checkpoint
 from lorc_core.compression import decompose_kind, slice_layer
-from lorc_core.errors import ConfigError, LorcError
+from lorc_core.errors import LorcError
 from lorc_core.fidelity import projection_errors
 from lorc_core.measuring import loss_at_ranks
 from lorc_core.memory import planned_factor_floats
-from lorc_core.methods import Axes, method_from_dict
+from lorc_core.methods import Axes, Reader, Training, method_from_dict
 from lorc_core.moments import LayerMoments
 from lorc_core.probes import Exchange, attention_errors, fisher_information, loss_curves
 from lorc_core.projection import Decomposition, LayerDecomposition, layer_spectrum
 from lorc_core.runtime import attach, check_base
 from lorc_core.schedule import Probe, Sensitivity, fit_bytes, schedule_from_dict
 from lorc_core.spectra import Energies, KindSpectrum, LayerSpectrum, Probes, RankSchedule
+from lorc_core.training import Trainer, rotated_decomposition
 from lorc_core.variant import MANIFEST_FILE, BaseModel, Variant, load_variant, write_manifest
 from pipeline.evaluation import DTYPES, loaded_model, window_losses
 from pipeline.gates import fell, losses_of, paired_rise, standard_error
-from pipeline.steps import Call, Outcome, Store
+from pipeline.steps import Call, Milestone, Outcome, Store
 from pipeline.tables import read_rows, write_table
 from pipeline.texts import load_tokenizer, pin_windows, text_tokens
 from pipeline.zoo import DocumentMarks, TextEntry
@@ -47,6 +49,7 @@ SCHEDULE_FILE = "schedule.json"
 PROBES_FILE = "probes.json"
 WINDOWS_FILE = "windows.npy"
 LAYER_FILE = "layer.safetensors"
+ROTATIONS_FILE = "rotations.safetensors"
 ENERGIES = ("weight_energies", "state_energies", "read_energies")
 
 
@@ -87,10 +90,46 @@ def decompose(
     calibrated: Sequence[Path] = (),
 ) -> None:
     """One layer's full-rank nested factors and spectra, from its weights and what calibration measured of it."""
-    source, shape = Checkpoint(Path(model_dir)), Architecture(**architecture)
+    source, shape = Checkpoint(Path(model_dir)), Architecture.from_dict(architecture)
     moments = load_moments(calibrated, layer_idx)
     layer = {kind: decompose_kind(source, shape, layer_idx, kind, Axes(**axes[kind]), moments) for kind in KINDS}
     save_layer(output, layer_idx, layer)
+
+
+def train(
+    output: Path,
+    *,
+    model: PreTrainedModel,
+    training: dict[str, Any],
+    model_fingerprint: str,
+    dtype: str,
+    versions: dict[str, str],
+    model_dir: str,
+    trust_remote_code: bool,
+    checkpoint_dir: str,
+    windows: Sequence[Path],
+    layers: Sequence[Path],
+) -> Iterator[tuple[int, int]]:
+    """Train rotations of a decomposed model's latents; yields steps done and to do. Goes on from its checkpoint."""
+    checkpoint = Path(checkpoint_dir)
+    text = torch.from_numpy(np.concatenate([np.load(path / WINDOWS_FILE) for path in windows]))
+    rows = []
+    for state in Trainer(model, [load_layer(path) for path in layers], Training(**training)).train(text, checkpoint):
+        rows.append({"step": state.step, "best": state.best, "last": state.last})
+        yield state.step, state.num_steps
+    tensors = {f"{idx}.{kind}": found for idx, layer in enumerate(state.rotations) for kind, found in layer.items()}
+    save_file(tensors, output / ROTATIONS_FILE)
+    write_table(output, "training", rows)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def rotate(output: Path, *, layer_idx: int, readers: dict[Kind, Reader], layer: Path, trained: Path) -> None:
+    """One layer's decomposition along its trained directions."""
+    start, rotations = load_layer(layer), load_file(trained / ROTATIONS_FILE)
+    found = {
+        kind: rotated_decomposition(start[kind], rotations[f"{layer_idx}.{kind}"], readers[kind]) for kind in KINDS
+    }
+    save_layer(output, layer_idx, found)
 
 
 def save_layer(output: Path, layer_idx: int, layer: LayerDecomposition) -> None:
@@ -207,7 +246,7 @@ def schedule(
         ranks = chosen.ranks(spectra, kept_fraction, load_probes(probes))
     else:
         assert budget is not None
-        method, shape = method_from_dict(budget["method"]), Architecture(**budget["architecture"])
+        method, shape = method_from_dict(budget["method"]), Architecture.from_dict(budget["architecture"])
 
         def needed_bytes(found: RankSchedule) -> int:
             floats = found.floats_per_token * budget["tokens"] + planned_factor_floats(found, method, shape)
@@ -260,7 +299,7 @@ def search(
     chosen = schedule_from_dict(schedule)
     assert isinstance(chosen, Sensitivity)
     batches = probe_batches(windows, num_windows, batch_size)
-    loss_of = partial(loss_at_ranks, model, Architecture(**architecture), loaded, batches)
+    loss_of = partial(loss_at_ranks, model, Architecture.from_dict(architecture), loaded, batches)
     stairs = chosen.stairs([layer_spectrum(layer) for layer in loaded], Probes())
     save_ranks(output, Exchange(stairs, loss_of).improve(load_ranks(ranks), chosen.num_rounds))
 
@@ -279,7 +318,7 @@ def variant(
     calibrated: Sequence[Path] = (),
 ) -> None:
     """Slice every layer's factors to the scheduled ranks, write the variant and the errors of its projections."""
-    chosen, shape = load_ranks(ranks), Architecture(**architecture)
+    chosen, shape = load_ranks(ranks), Architecture.from_dict(architecture)
     factors = tuple(slice_layer(load_layer(path), idx, chosen, DTYPES[dtype]) for idx, path in enumerate(layers))
     source, rows = Checkpoint(Path(model_dir)), []
     for layer_idx, layer in enumerate(factors):
@@ -408,11 +447,13 @@ def regress(
     write_table(output, "regressions", rows)
 
 
-TASKS: dict[str, Callable[..., None]] = {
+TASKS: dict[str, Callable[..., Iterator[tuple[int, int]] | None]] = {
     function.__name__: function
     for function in (
         calibrate,
         decompose,
+        train,
+        rotate,
         probe,
         schedule,
         search,
@@ -423,18 +464,18 @@ TASKS: dict[str, Callable[..., None]] = {
         regress,
     )
 }
-NEED_THE_MODEL = ("calibrate", "probe", "search", "evaluate", "regress")
+NEED_THE_MODEL = ("calibrate", "train", "probe", "search", "evaluate", "regress")
 
 
-def run_calls(calls: Sequence[Call], store: Store) -> Iterator[Outcome]:
-    """Run calls of one kind in turn, yielding each outcome as it comes; evaluations share one loaded model.
+def run_calls(calls: Sequence[Call], store: Store) -> Iterator[Outcome | Milestone]:
+    """Run calls of one kind in turn, yielding outcomes, and progress, as they come; calls share one loaded model.
 
     A LorcError is an outcome. Any other exception is a bug or a broken machine, and rises.
     """
     try:
         with shared_arguments(calls[0]) as shared:
             for call in calls:
-                yield run_call(call, store, shared)
+                yield from run_call(call, store, shared)
     except LorcError as error:
         for call in calls:
             yield Outcome(call.key, call.name, call.model, "failed", str(error), 0.0)
@@ -451,16 +492,18 @@ def shared_arguments(call: Call) -> Iterator[dict[str, Any]]:
         yield {"model": model}
 
 
-def run_call(call: Call, store: Store, shared: dict[str, Any]) -> Outcome:
+def run_call(call: Call, store: Store, shared: dict[str, Any]) -> Iterator[Outcome | Milestone]:
     started = time.perf_counter()
     if (call.output / MANIFEST_FILE).is_file():  # by an earlier attempt whose worker was lost
-        return Outcome(call.key, call.name, call.model, "ran", None, 0.0)
+        yield Outcome(call.key, call.name, call.model, "ran", None, 0.0)
+        return
+    error: str | None = None
     try:
         with store.writing(call.output) as scratch:
-            TASKS[call.name](scratch, **call.kwargs, **shared)
-    except LorcError as error:
-        return Outcome(call.key, call.name, call.model, "failed", str(error), time.perf_counter() - started)
-    except torch.OutOfMemoryError as error:
-        reason = ConfigError(f"out of device memory; lower the batch_size or give more GPUs ({error})")
-        return Outcome(call.key, call.name, call.model, "failed", str(reason), time.perf_counter() - started)
-    return Outcome(call.key, call.name, call.model, "ran", None, time.perf_counter() - started)
+            for done, total in TASKS[call.name](scratch, **call.kwargs, **shared) or ():
+                yield Milestone(call.key, f"{call.name} {call.model}", done, total)
+    except LorcError as found:
+        error = str(found)
+    except torch.OutOfMemoryError as found:
+        error = f"out of device memory; lower the batch_size or give more GPUs ({found})"
+    yield Outcome(call.key, call.name, call.model, "failed" if error else "ran", error, time.perf_counter() - started)

@@ -24,7 +24,7 @@ from pydantic import (
 
 from lorc_core.architecture import KINDS
 from lorc_core.errors import ConfigError
-from lorc_core.methods import Axes, Method, changed_axes, known_method
+from lorc_core.methods import Axes, Method, Training, changed_axes, known_method
 from lorc_core.schedule import SCHEDULES, Schedule, known_schedule
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -113,7 +113,8 @@ class VariantEntry(Strict):
     """One method and schedule at one budget or, with a list, at several.
 
     `method` is a preset's name, or a mapping: `preset` with changed axes of `keys` and `values`, or both written out,
-    or `per_layer` with methods for single layers; changed ones need a `name`. `schedule` is the method's own if absent.
+    or `per_layer` with methods for single layers, or `training` of the factors; changed ones need a `name`. `schedule`
+    is the method's own if absent.
     `name` is what tables and versions call it; the method's and the schedule's names if absent.
     """
 
@@ -169,7 +170,7 @@ class VariantEntry(Strict):
         return self.method.needs_calibration or self.schedule.probe is not None
 
 
-METHOD_FIELDS = ("preset", "name", *KINDS, "per_layer")
+METHOD_FIELDS = ("preset", "name", *KINDS, "per_layer", "training")
 
 
 def method_of(written: Any) -> Method:
@@ -200,7 +201,9 @@ def method_of(written: Any) -> Method:
     else:
         raise ValueError("give a preset, or keys and values with their statistics each")
     layers = written.get("per_layer") or {}
-    return replace(base, layers={idx: method_of(one) for at, one in layers.items() for idx in layer_range(at)})
+    layers = {idx: method_of(one) for at, one in layers.items() for idx in layer_range(at)}
+    training = TypeAdapter(Training).validate_python(written["training"]) if written.get("training") else base.training
+    return replace(base, layers=layers, training=training)
 
 
 def layer_range(written: Any) -> range:

@@ -10,7 +10,7 @@ from typing import Literal
 from lorc_core.errors import LorcError
 from pipeline.graph import ModelSteps, default_tracking_uri, model_steps
 from pipeline.models import resolve
-from pipeline.steps import Outcome, Step, Store, cached_outcomes, distinct
+from pipeline.steps import Milestone, Outcome, Step, Store, cached_outcomes, distinct
 from pipeline.tables import collect, replace_table, rows_table
 from pipeline.zoo import Zoo
 
@@ -62,6 +62,7 @@ def run_zoo(
     until: Until = "register",
     on_plan: Callable[[Sequence[Step]], None] = lambda steps: None,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+    on_progress: Callable[[Milestone], None] = lambda progress: None,
 ) -> ZooRun:
     """Do everything a zoo file asks for that is not done yet.
 
@@ -71,28 +72,44 @@ def run_zoo(
         until: The last kind of step to run.
         on_plan: Called once with all steps, done or not, before any runs.
         on_outcome: Called for every outcome as it comes.
+        on_progress: Called whenever a long step tells how far it has come.
 
     Raises:
         ConfigError: The work directory is not writable.
     """
     store = Store(workdir.resolve())
     models, failed = plan_steps(zoo, store)
-    steps = distinct(wanted_steps(models, until))
+    for outcome in failed:
+        on_outcome(outcome)
+    outcomes = run_wanted(zoo, store, wanted_steps(models, until), on_plan, on_outcome, on_progress)
+    run = ZooRun(zoo, store, tuple(models), (*failed, *outcomes))
+    if until == "register":
+        choose_candidates(run)
+    write_tables(run)
+    return run
+
+
+def run_wanted(
+    zoo: Zoo,
+    store: Store,
+    wanted: Sequence[Step],
+    on_plan: Callable[[Sequence[Step]], None],
+    on_outcome: Callable[[Outcome], None],
+    on_progress: Callable[[Milestone], None],
+) -> list[Outcome]:
+    """Run steps, and all they need, that are not done yet; returns the outcomes of all."""
+    steps = distinct(wanted)
     on_plan(steps)
     done = cached_outcomes(steps, store)
-    for outcome in (*failed, *done.values()):
+    for outcome in done.values():
         on_outcome(outcome)
     left = [step for step in steps if step.key not in done]
     outcomes = list(done.values())
     if left:
         from pipeline.runner import run_steps  # Ray takes a second to import
 
-        outcomes += run_steps(left, done, store, zoo.cluster.address, on_outcome)
-    run = ZooRun(zoo, store, tuple(models), (*failed, *outcomes))
-    if until == "register":
-        choose_candidates(run)
-    write_tables(run)
-    return run
+        outcomes += run_steps(left, done, store, zoo.cluster.address, on_outcome, on_progress)
+    return outcomes
 
 
 def choose_candidates(run: ZooRun) -> None:

@@ -147,7 +147,9 @@ def test_a_missing_shard_is_named(tmp_path):
 def test_a_nan_names_layer_and_kind(llama_dir):
     edit_tensor(llama_dir, f"model.{KEY_WEIGHT}", lambda weight: weight[3, 5].fill_(float("nan")))
     with pytest.raises(NumericsError, match="layer 1 keys: the weight or its bias holds NaN"):
-        lorc_core.compress(llama_dir)
+        lorc_core.compress(llama_dir, "lorc")
+    with pytest.raises(NumericsError, match="layer 1 keys: the weight holds NaN"):
+        lorc_core.compress(llama_dir, "lorc_q")
 
 
 def test_weights_that_contradict_the_config_are_refused(llama_dir):
@@ -176,10 +178,10 @@ def test_rope_types_that_depend_on_the_length_are_refused():
 def test_a_rank_deficient_weight_stops_progressive_only(llama_dir):
     edit_tensor(llama_dir, f"model.{KEY_WEIGHT}", lambda weight: weight[1].copy_(weight[0]))
     with pytest.raises(NumericsError, match="layer 1 keys: the weight is rank-deficient"):
-        lorc_core.compress(llama_dir)
-    assert lorc_core.compress(llama_dir, schedule="uniform").kept_fraction == 0.5
+        lorc_core.compress(llama_dir, "lorc")
+    assert lorc_core.compress(llama_dir, "lorc", schedule="uniform").kept_fraction == 0.5
 
 
 def test_unknown_methods_are_refused_with_the_known_ones(llama_dir):
-    with pytest.raises(ConfigError, match="method 'lork' is not known; known are lorc"):
+    with pytest.raises(ConfigError, match=r"method 'lork' is not known; known are eigen, k_svd, kq_joint, .*, zack"):
         lorc_core.compress(llama_dir, method="lork")

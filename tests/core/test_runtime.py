@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import lorc_core
 from lorc_core.architecture import KINDS, architecture_of
 from lorc_core.errors import ConfigError
+from lorc_core.methods import METHODS
 from lorc_core.runtime import LatentCache, key_rotation
-from lorc_core.schedule import LayerRanks, RankSchedule, Uniform
+from lorc_core.schedule import Uniform
+from lorc_core.spectra import LayerRanks, RankSchedule
 from tests.conftest import DEMO, tiny_model
 
 BOUND = 1e-4
@@ -31,7 +33,7 @@ def truncated(model, variant):
     architecture = architecture_of(model.config)
     for layer_idx, ranks in enumerate(variant.ranks.layers):
         module = reference.base_model.get_submodule(architecture.attention_module(layer_idx))
-        for projection, rank in ((module.k_proj, ranks.keys), (module.v_proj, ranks.values)):
+        for projection, (rank,) in ((module.k_proj, ranks.keys), (module.v_proj, ranks.values)):
             left, spectrum, right = torch.linalg.svd(projection.weight.data.double(), full_matrices=False)
             projection.weight.data = ((left[:, :rank] * spectrum[:rank]) @ right[:rank]).float()
     return reference
@@ -65,7 +67,7 @@ def assert_close(found, expected, bound=BOUND):
 @pytest.mark.parametrize("kept", [0.9, 0.5, 0.2])
 def test_variant_equals_truncated_weights(any_tiny_model, kept):
     model = any_tiny_model
-    variant = lorc_core.compress(model, kept_fraction=kept, schedule="uniform")
+    variant = lorc_core.compress(model, "lorc", kept_fraction=kept, schedule="uniform")
     ids = tokens(model)
     with lorc_core.attach(model, variant):
         found = one_pass(model, ids)
@@ -81,8 +83,8 @@ def test_every_rank_of_one_model_equals_truncated_weights():
     model = tiny_model("llama")
     ids, width = tokens(model, columns=12), 32
     for rank in range(1, width + 1):
-        variant = lorc_core.compress(model, kept_fraction=rank / width, schedule="uniform")
-        assert {layer.keys for layer in variant.ranks.layers} == {rank}
+        variant = lorc_core.compress(model, "lorc", kept_fraction=rank / width, schedule="uniform")
+        assert {layer.keys for layer in variant.ranks.layers} == {(rank,)}
         expected = one_pass(truncated(model, variant), ids)
         with lorc_core.attach(model, variant):
             assert_close(one_pass(model, ids), expected)
@@ -103,7 +105,7 @@ def test_sample_models_equal_truncated_weights_and_cached_equals_uncached(sample
 def check_exactness(directory, schedule, kept):
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     baseline = one_pass(model, tokens(model))
-    variant = lorc_core.compress(directory, kept_fraction=kept, schedule=schedule)
+    variant = lorc_core.compress(directory, "lorc", kept_fraction=kept, schedule=schedule)
     expected = one_pass(truncated(model, variant), tokens(model))
     with lorc_core.attach(model, variant):
         assert_close(one_pass(model, tokens(model)), expected)
@@ -117,7 +119,7 @@ def check_exactness(directory, schedule, kept):
 def test_cached_decode_equals_one_pass(any_tiny_model, prefill):
     model = any_tiny_model
     ids = tokens(model)
-    with lorc_core.attach(model, lorc_core.compress(model, schedule="uniform")):
+    with lorc_core.attach(model, lorc_core.compress(model, "lorc", schedule="uniform")):
         expected = one_pass(model, ids, use_cache=False)
         assert_close(token_by_token(model, ids, prefill), expected)
 
@@ -157,7 +159,7 @@ def test_left_padding_equals_no_padding(any_tiny_model):
     ids = tokens(model, rows=1, columns=18)
     padded = torch.cat([ids.new_zeros(1, num_padding), ids], dim=1)
     mask = (torch.arange(padded.shape[1]) >= num_padding).long()[None]
-    with lorc_core.attach(model, lorc_core.compress(model, schedule="uniform")):
+    with lorc_core.attach(model, lorc_core.compress(model, "lorc", schedule="uniform")):
         expected = one_pass(model, ids)
         assert_close(token_by_token(model, padded, 9, attention_mask=mask)[:, num_padding:], expected)
 
@@ -165,7 +167,7 @@ def test_left_padding_equals_no_padding(any_tiny_model):
 def test_static_cache_equals_dynamic(any_tiny_model):
     model = any_tiny_model
     ids = tokens(model)
-    with lorc_core.attach(model, lorc_core.compress(model, schedule="uniform")):
+    with lorc_core.attach(model, lorc_core.compress(model, "lorc", schedule="uniform")):
         expected = one_pass(model, ids)
         assert_close(token_by_token(model, ids, 7, StaticCache(config=model.config, max_cache_len=40)), expected)
 
@@ -173,7 +175,7 @@ def test_static_cache_equals_dynamic(any_tiny_model):
 def test_two_chunks_equal_one_pass(any_tiny_model):
     model = any_tiny_model
     ids = tokens(model)
-    with lorc_core.attach(model, lorc_core.compress(model, schedule="uniform")), torch.inference_mode():
+    with lorc_core.attach(model, lorc_core.compress(model, "lorc", schedule="uniform")), torch.inference_mode():
         cache = DynamicCache(config=model.config)
         first = model(input_ids=ids[:, :13], past_key_values=cache).logits
         second = model(input_ids=ids[:, 13:], past_key_values=cache).logits
@@ -182,7 +184,7 @@ def test_two_chunks_equal_one_pass(any_tiny_model):
 
 def test_beam_search_equals_the_truncated_model():
     model = tiny_model("llama")
-    variant = lorc_core.compress(model, kept_fraction=0.75, schedule="uniform")
+    variant = lorc_core.compress(model, "lorc", kept_fraction=0.75, schedule="uniform")
     ids, mask = tokens(model, columns=9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
     options = {"attention_mask": mask, "num_beams": 3, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
@@ -195,7 +197,7 @@ def test_beam_search_equals_the_truncated_model():
 def test_both_attention_implementations_agree(implementation):
     model = tiny_model("qwen2")
     model.set_attn_implementation(implementation)
-    variant = lorc_core.compress(model, schedule="uniform")
+    variant = lorc_core.compress(model, "lorc", schedule="uniform")
     expected = one_pass(truncated(model, variant), tokens(model))
     with lorc_core.attach(model, variant):
         assert_close(one_pass(model, tokens(model)), expected)
@@ -211,7 +213,7 @@ def test_a_wrong_key_position_is_seen(monkeypatch):
 
     monkeypatch.setattr("lorc_core.runtime.key_rotation", wrong)
     model = tiny_model("llama")
-    with lorc_core.attach(model, lorc_core.compress(model, schedule="uniform")):
+    with lorc_core.attach(model, lorc_core.compress(model, "lorc", schedule="uniform")):
         difference = token_by_token(model, tokens(model), 7) - one_pass(model, tokens(model), use_cache=False)
     assert difference.abs().max() > 100 * BOUND
 
@@ -219,7 +221,7 @@ def test_a_wrong_key_position_is_seen(monkeypatch):
 def test_a_dropped_bias_is_seen():
     """The control: a variant without its means fails the bound."""
     model = tiny_model("qwen2")
-    variant = lorc_core.compress(model, schedule="uniform")
+    variant = lorc_core.compress(model, "lorc", schedule="uniform")
     expected = one_pass(truncated(model, variant), tokens(model))
     for layer in variant.factors:
         for kind in KINDS:
@@ -232,41 +234,34 @@ def test_a_dropped_bias_is_seen():
 def test_cache_holds_latents_alone(any_tiny_model):
     """Bytes = batch x tokens x element size x the sum over layers of the latent floats."""
     model = any_tiny_model
-    variant = lorc_core.compress(model, kept_fraction=0.6, schedule="uniform")
+    variant = lorc_core.compress(model, "lorc", kept_fraction=0.6, schedule="uniform")
     rows, columns = 2, 9
     with lorc_core.attach(model, variant), torch.inference_mode():
         cache = model(input_ids=tokens(model, rows, columns)).past_key_values
     assert lorc_core.cache_bytes(cache) == rows * columns * 4 * variant.ranks.floats_per_token
     assert [(layer.keys.shape[-1], layer.values.shape[-1]) for layer in cache.layers] == [
-        (layer.keys, layer.values) for layer in variant.ranks.layers
+        (layer.floats("keys"), layer.floats("values")) for layer in variant.ranks.layers
     ]
 
 
 def test_keys_and_values_and_layers_may_differ():
     """Full keys with cut values, cut keys with full values, and an untouched layer, in one model."""
     model = tiny_model("llama")
-    full = lorc_core.compress(model, kept_fraction=0.5, schedule="uniform")
-    ranks = RankSchedule((LayerRanks(32, 10), LayerRanks(7, 32), LayerRanks(32, 32)), kv_width=32)
+    full = lorc_core.compress(model, "lorc", kept_fraction=0.5, schedule="uniform")
+    layers = (LayerRanks((32,), (10,)), LayerRanks((7,), (32,)), LayerRanks((32,), (32,)))
     kept = tuple(
-        {kind: lorc_factors if getattr(layer, kind) < 32 else None for kind, lorc_factors in found.items()}
-        for layer, found in zip(
-            ranks.layers,
-            [
-                {"keys": None, "values": rank_of(model, 0, "values", 10)},
-                {"keys": rank_of(model, 1, "keys", 7), "values": None},
-                {"keys": None, "values": None},
-            ],
-            strict=True,
-        )
+        {kind: None if layer.floats(kind) == 32 else rank_of(model, idx, kind, layer.floats(kind)) for kind in KINDS}
+        for idx, layer in enumerate(layers)
     )
-    variant = lorc_core.Variant(full.base, full.architecture, "lorc", full.schedule, ranks, kept)
+    ranks = RankSchedule(layers, kv_width=32)
+    variant = lorc_core.Variant(full.base, full.architecture, METHODS["lorc"], full.schedule, ranks, kept)
     with lorc_core.attach(model, variant):
         found = token_by_token(model, tokens(model), 7)
     assert_close(found, one_pass(truncated(model, variant), tokens(model)))
 
 
 def rank_of(model, layer_idx, kind, rank):
-    return lorc_core.compress(model, kept_fraction=rank / 32, schedule=Uniform()).factors[layer_idx][kind]
+    return lorc_core.compress(model, "lorc", kept_fraction=rank / 32, schedule=Uniform()).factors[layer_idx][kind]
 
 
 def test_detach_is_bitwise_and_attach_can_swap():
@@ -274,11 +269,11 @@ def test_detach_is_bitwise_and_attach_can_swap():
     ids = tokens(model)
     baseline, hooks = one_pass(model, ids), [len(module._forward_pre_hooks) for module in model.modules()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    attachment = lorc_core.attach(model, lorc_core.compress(model, kept_fraction=0.5))
+    attachment = lorc_core.attach(model, lorc_core.compress(model, "lorc", kept_fraction=0.5))
     assert not torch.equal(one_pass(model, ids), baseline)
     attachment.detach()
     attachment.detach()
-    with lorc_core.attach(model, lorc_core.compress(model, kept_fraction=0.9)):
+    with lorc_core.attach(model, lorc_core.compress(model, "lorc", kept_fraction=0.9)):
         pass
     assert torch.equal(one_pass(model, ids), baseline)
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
@@ -338,7 +333,7 @@ def test_positions_that_cached_keys_cannot_have_are_refused(calls, message):
 
 def test_contiguous_positions_from_anywhere_and_packed_ones_without_a_cache_are_right():
     model = tiny_model("llama")
-    variant = lorc_core.compress(model, schedule="uniform")
+    variant = lorc_core.compress(model, "lorc", schedule="uniform")
     reference = truncated(model, variant)
     packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "use_cache": False}
     with lorc_core.attach(model, variant):
@@ -363,7 +358,7 @@ def test_a_failed_attach_leaves_the_model_as_it_was(monkeypatch):
 
 def test_bfloat16_model_takes_float32_factors():
     model = AutoModelForCausalLM.from_pretrained(DEMO / "stdlib-llama", dtype=torch.bfloat16).eval()
-    variant = lorc_core.compress(DEMO / "stdlib-llama", kept_fraction=0.75, schedule="uniform")
+    variant = lorc_core.compress(DEMO / "stdlib-llama", "lorc", kept_fraction=0.75, schedule="uniform")
     ids = tokens(model)
     with lorc_core.attach(model, variant), torch.inference_mode():
         output = model(input_ids=ids)

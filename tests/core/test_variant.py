@@ -20,7 +20,7 @@ LLAMA = DEMO / "stdlib-llama"
 
 @pytest.fixture(scope="module")
 def variant():
-    return lorc_core.compress(LLAMA, kept_fraction=0.5)
+    return lorc_core.compress(LLAMA, "lorc", kept_fraction=0.5)
 
 
 @pytest.fixture
@@ -31,7 +31,9 @@ def saved(variant, tmp_path):
 
 def test_save_and_load_are_bitwise(variant, saved):
     loaded = lorc_core.load_variant(saved)
-    assert (loaded.base, loaded.architecture, loaded.ranks) == (variant.base, variant.architecture, variant.ranks)
+    for field in ("base", "architecture", "method", "schedule", "ranks"):
+        before, after = getattr(variant, field), getattr(loaded, field)
+        assert before == after or json.loads(json.dumps(before)) == after
     for before, after in zip(variant.factors, loaded.factors, strict=True):
         for kind, factors in before.items():
             if factors is None:
@@ -53,7 +55,7 @@ def test_factors_that_are_no_transposes_survive_the_disk(tmp_path):
 
 
 def test_means_survive_the_disk(tmp_path):
-    variant = lorc_core.compress(DEMO / "stdlib-opt", schedule="uniform")
+    variant = lorc_core.compress(DEMO / "stdlib-opt", "lorc", schedule="uniform")
     variant.save(tmp_path)
     assert torch.equal(lorc_core.load_variant(tmp_path).factors[0]["keys"].mean, variant.factors[0]["keys"].mean)
 
@@ -66,7 +68,7 @@ def test_a_new_process_gives_the_same_logits_bitwise(variant, saved, tmp_path):
     torch.save(ids, tmp_path / "ids.pt")
     script = """
 import sys, torch, lorc_core
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 model = lorc_core.load(sys.argv[1], dtype=torch.float32)
 with torch.inference_mode():
     torch.save(model(input_ids=torch.load(sys.argv[2])).logits, sys.argv[3])
@@ -119,11 +121,24 @@ def test_a_missing_factor_is_refused_not_taken_for_a_full_layer(saved):
         lorc_core.load_variant(saved)
 
 
+@pytest.mark.parametrize("part", ["own_down", "mean"])
+def test_a_missing_part_of_a_factor_is_refused_not_taken_for_a_method_without_it(tmp_path, part):
+    """Without `own_down` an oblique projection would be taken for an orthogonal one, without its mean for a biasless."""
+    variant = lorc_core.compress(tiny_model("qwen2"), "lorc_q", schedule="uniform")
+    variant.save(tmp_path)
+    tensors = load_file(tmp_path / "factors.safetensors")
+    del tensors[f"layers.1.values.{part}"]
+    save_file(tensors, tmp_path / "factors.safetensors")
+    write_manifest(tmp_path)
+    with pytest.raises(ArtifactError, match=rf"layers\.1\.values\.{part} .*absent"):
+        lorc_core.load_variant(tmp_path)
+
+
 def test_another_schema_is_refused(saved):
     config = json.loads((saved / "lorc_config.json").read_text())
     (saved / "lorc_config.json").write_text(json.dumps(config | {"schema_version": 99}))
     write_manifest(saved)
-    with pytest.raises(ArtifactError, match="variant schema 99, this lorc reads 1"):
+    with pytest.raises(ArtifactError, match="variant schema 99, this lorc reads 2"):
         lorc_core.load_variant(saved)
 
 

@@ -1,0 +1,185 @@
+"""What the spectra of a zoo's models say: conditions, effective ranks, ranks by schedule, which method fits where."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorc_core.architecture import KINDS, Kind
+from lorc_core.bounds import k_svd_gaps, least_read_errors
+from lorc_core.checkpoint import Checkpoint
+from lorc_core.errors import ConfigError
+from lorc_core.methods import METHODS, Axes
+from lorc_core.moments import moments_of
+from lorc_core.schedule import error_at
+from lorc_core.spectra import Energies
+from pipeline.graph import ModelSteps, calibrated_steps, decompose_steps, probe_step
+from pipeline.steps import Milestone, Outcome, Step, Store
+from pipeline.tasks import load_moments, load_probes, load_ranks, load_spectra
+from pipeline.zoo import Zoo
+from pipeline.zoo_run import plan_steps, run_wanted
+
+
+@dataclass(frozen=True)
+class SpectrumRow:
+    """One layer's keys or values under one method.
+
+    Attributes:
+        effective_ranks: exp of the entropy of the singular values of the weight, of the states, and of what is read.
+        floats: Per token, by variant.
+        gap: What projecting the states alone, over all kv heads before the rotation, loses beyond the best projection
+            of the same rank, of all that is read; None without calibration.
+    """
+
+    method: str
+    layer: int
+    kind: Kind
+    width: int
+    log10_condition: float
+    effective_ranks: tuple[float, float, float]
+    floats: dict[str, int]
+    gap: float | None
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """The relative error of one layer's attention output under each preset, at one share of its floats, least first."""
+
+    layer: int
+    errors: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class ModelSpectrum:
+    """What is known of one model; `choices` is empty without calibration."""
+
+    name: str
+    kept_fraction: float
+    rows: tuple[SpectrumRow, ...]
+    choices: tuple[LayerChoice, ...]
+
+
+def model_spectra(
+    zoo: Zoo,
+    workdir: Path,
+    *,
+    on_plan: Callable[[Sequence[Step]], None] = lambda steps: None,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+    on_progress: Callable[[Milestone], None] = lambda reached: None,
+) -> tuple[list[ModelSpectrum], list[Outcome]]:
+    """Decompose, schedule and, with calibration, compare all presets layer by layer; nothing is written but steps.
+
+    Args:
+        zoo: A checked zoo file.
+        workdir: Holds the store.
+        on_plan: Called once with all steps.
+        on_outcome: Called for every outcome as it comes.
+        on_progress: Called whenever a long step tells how far it has come.
+
+    Returns:
+        One for each model whose steps all finished, and the failed outcomes.
+
+    Raises:
+        ConfigError: The work directory is not writable.
+    """
+    store = Store(workdir.resolve())
+    models, failed = plan_steps(zoo, store)
+    compared = [preset_probes(zoo, model, store) for model in models]
+    wanted = [one.schedule for model in models for one in model.variants]
+    wanted += [step for probes in compared for step in probes.values()]
+    outcomes = [*failed, *run_wanted(zoo, store, wanted, on_plan, on_outcome, on_progress)]
+    found = []
+    for model, probes in zip(models, compared, strict=True):
+        needed = [*(one.schedule for one in model.variants), *probes.values()]
+        if all(store.is_done(step) for step in needed):
+            found.append(model_spectrum(zoo, model, probes, store))
+    return found, [outcome for outcome in outcomes if outcome.status == "failed"]
+
+
+def preset_probes(zoo: Zoo, model: ModelSteps, store: Store) -> dict[str, Step]:
+    """The step that measures each possible preset's attention errors, by its name; none without calibration."""
+    calibrated = calibrated_steps(zoo, model.model, store)
+    probes: dict[str, Step] = {}
+    for name, method in METHODS.items() if calibrated else ():
+        try:
+            method.check(model.model.architecture)
+        except ConfigError:
+            continue
+        if method.training is None:
+            assert calibrated is not None
+            layers = decompose_steps(model.model, method, calibrated, store)
+            probes[name] = probe_step(model.model, "errors", layers, calibrated)
+    return probes
+
+
+def model_spectrum(zoo: Zoo, model: ModelSteps, probes: dict[str, Step], store: Store) -> ModelSpectrum:
+    budgets = [budget for entry in zoo.variants for budget in entry.kept_fraction]
+    kept_fraction = budgets[0] if budgets else 0.5
+    gaps = layer_gaps(zoo, model, kept_fraction, store)
+    ranks = {one.label: load_ranks(store.path(one.schedule)) for one in model.variants}
+    rows = []
+    for method, steps in model.decompose.items():
+        labels = [one.label for one in model.variants if one.method == method]
+        for idx, spectrum in enumerate(load_spectra([store.path(step) for step in steps])):
+            for kind in KINDS:
+                found = spectrum.of(kind)
+                rows.append(
+                    SpectrumRow(
+                        method=method,
+                        layer=idx,
+                        kind=kind,
+                        width=spectrum.kv_width,
+                        log10_condition=found.log10_condition,
+                        effective_ranks=(
+                            effective_rank(found.weights),
+                            effective_rank(found.states),
+                            effective_rank(found.read),
+                        ),
+                        floats={label: ranks[label].layers[idx].floats(kind) for label in labels},
+                        gap=gaps.get((idx, kind)),
+                    )
+                )
+    choices = layer_choices(model, probes, kept_fraction, store)
+    return ModelSpectrum(model.model.entry.name, kept_fraction, tuple(rows), choices)
+
+
+def effective_rank(energies: Energies) -> float:
+    """exp of the entropy of the singular values' shares, over all blocks.
+
+    Source: Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality"
+    """
+    roots = [math.sqrt(max(value, 0.0)) for block in energies for value in block]
+    whole = sum(roots)
+    if whole == 0:
+        return 0.0
+    return math.exp(-sum(root / whole * math.log(root / whole) for root in roots if root > 0))
+
+
+def layer_gaps(zoo: Zoo, model: ModelSteps, kept_fraction: float, store: Store) -> dict[tuple[int, Kind], float]:
+    """KQ-SVD's gap as a share of what is read, for joint keys before the rotation and for values."""
+    calibrated = calibrated_steps(zoo, model.model, store)
+    if calibrated is None:
+        return {}
+    shape, source = model.model.architecture, Checkpoint(model.model.directory)
+    shards, axes = [store.path(step) for step in calibrated.shards], Axes("calibration", "interaction")
+    rank, found = max(round(kept_fraction * shape.kv_width), 1), {}
+    for layer_idx in range(shape.num_layers):
+        measured = load_moments(shards, layer_idx)
+        for kind in KINDS:
+            moments = moments_of(source, shape, layer_idx, kind, axes, measured)
+            gap = k_svd_gaps(moments.states, moments.readers)[rank]
+            found[layer_idx, kind] = (gap / least_read_errors(moments.states, moments.readers)[0]).item()
+    return found
+
+
+def layer_choices(
+    model: ModelSteps, probes: dict[str, Step], kept_fraction: float, store: Store
+) -> tuple[LayerChoice, ...]:
+    """Every preset's attention error in every layer at one share of that layer's floats."""
+    levels = {name: load_probes(store.path(step)) for name, step in probes.items()}
+    floats = kept_fraction * len(KINDS) * model.model.architecture.kv_width
+    choices = []
+    for layer_idx in range(model.model.architecture.num_layers if levels else 0):
+        errors = {name: error_at(found.errors[layer_idx], floats) for name, found in levels.items() if found}
+        choices.append(LayerChoice(layer_idx, tuple(sorted(errors.items(), key=lambda pair: pair[1]))))
+    return tuple(choices)
