@@ -6,7 +6,7 @@ import typer
 
 from jobs.screen import StepProgress, console, results_table
 from pipeline.results import results
-from pipeline.zoo import load_zoo
+from pipeline.zoo import cautions, load_zoo
 from pipeline.zoo_run import Until, ZooRun, run_zoo
 
 
@@ -18,6 +18,8 @@ def compress_zoo(zoo_file: Path, workdir: Path, until: Until) -> int:
     """
     zoo = load_zoo(zoo_file)
     screen = console()
+    for caution in cautions(zoo):
+        screen.print(f"[yellow]caution:[/yellow] {caution}")
     progress = StepProgress(screen)
     with progress.bars:
         done = run_zoo(

@@ -24,7 +24,7 @@ LEVELS = ("weights", "states", "read")  # of the energy schedule, for the method
 WINDOWS = {"window_tokens": 256, "seed": 0}
 CALIBRATION = {**WINDOWS, "num_windows": 128, "probe_windows": 8, "batch_size": 8}
 EVALUATION = {**WINDOWS, "num_windows": 32, "batch_size": 16}
-EXCHANGE_ROUNDS = 2
+EXCHANGE_ROUNDS = 1
 
 STORIES = {"source": "data/tinystories_validation.txt", "separator": "<|endoftext|>"}
 STDLIB = {"source": "data/stdlib_heldout_tokens.npy"}
@@ -126,7 +126,7 @@ Rise of the loss over the uncompressed model in nats per token, with its paired 
 Calibration takes {calibration_windows} windows of {window_tokens} tokens from the first quarter of the text, evaluation
 {num_windows} windows from the rest, both drawn with seed {seed}. TinyStories are separated by each tokenizer's begin
 mark, as the models were trained. `sensitivity` measures on the first {probe_windows} calibration windows, with
-{rounds} rounds of exchanges; `matryoshka` is trained once, from `kq_joint`, for all budgets. The least rise of each
+{rounds} round of exchanges; `matryoshka` is trained once, from `kq_joint`, for all budgets. The least rise of each
 budget is in bold.
 "out of reach": the schedule cannot go so low, or so exactly, on this model.
 """

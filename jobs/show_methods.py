@@ -7,6 +7,7 @@ from rich.table import Table
 
 from jobs.screen import console
 from lorc_core.methods import METHODS, Axes
+from lorc_core.schedule import Energy
 
 DEFAULTS = {"gqa": "stack", "mean": "known"}
 
@@ -18,10 +19,10 @@ def show_methods() -> int:
         table.add_column(name, no_wrap=True)
     table.add_column("source", ratio=1)
     for method in METHODS.values():
-        trained = " (trained)" if method.training else ""
-        table.add_row(
-            method.name, axes_text(method.keys), axes_text(method.values), method.schedule + trained, method.source
-        )
+        schedule = method.schedule.name
+        schedule += f"\n{method.schedule.spectrum}" if isinstance(method.schedule, Energy) else ""
+        schedule += "\ntrained" if method.training else ""
+        table.add_row(method.name, axes_text(method.keys), axes_text(method.values), schedule, method.source)
     screen = console()
     screen.print(table)
     screen.print(

@@ -53,7 +53,7 @@ def by_query_head(queries: Tensor, num_kv_heads: int) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate(model: PreTrainedModel, sequences: Iterable[Int[Tensor, "b t"]]) -> tuple[LayerMoments, ...]:
+def calibrate(model: PreTrainedModel, sequences: Iterable[Int[Tensor, "_ _"]]) -> tuple[LayerMoments, ...]:
     """Second moments of every layer's keys, queries and values on some text.
 
     Args:
@@ -97,7 +97,7 @@ def check_enough_tokens(method: Method, architecture: Architecture, num_tokens: 
                 )
 
 
-def batches(sequences: Int[Tensor, "s t"]) -> Iterator[Int[Tensor, "b t"]]:
+def batches(sequences: Int[Tensor, "s t"]) -> Iterator[Int[Tensor, "_ t"]]:
     """So many sequences at a time that a batch has about 4,096 tokens."""
     yield from sequences.split(max(1, BATCH_TOKENS // sequences.shape[1]))
 

@@ -152,11 +152,12 @@ def compress(
         decompose_layer(source, architecture, idx, chosen_method, calibrated[idx] if calibrated else None)
         for idx in range(architecture.num_layers)
     ]
-    layers = measuring.trained(chosen_method, layers) if measuring else layers
+    layers, adapters = measuring.trained(chosen_method, layers) if measuring else (layers, {})
     spectra = [layer_spectrum(layer) for layer in layers]
     probes = measuring.probes(chosen, layers) if measuring else None
     ranks = chosen.ranks(spectra, kept_fraction, probes)
     if measuring:
         ranks = measuring.refine(chosen, ranks, layers)
     factors = tuple(slice_layer(layer, layer_idx, ranks, dtype) for layer_idx, layer in enumerate(layers))
-    return Variant(base, architecture, chosen_method, asdict(chosen), ranks, factors)
+    adapters = {name: tensor.to(dtype) for name, tensor in adapters.items()}
+    return Variant(base, architecture, chosen_method, asdict(chosen), ranks, factors, adapters)

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lorc_core.adapters import AdapterTensors
 from lorc_core.architecture import Architecture, architecture_of
 from lorc_core.calibration import batches, calibrate, calibration_sequences, check_enough_tokens
 from lorc_core.compression import slice_layer
@@ -57,7 +58,7 @@ class Measuring:
         self.sequences = calibration_sequences(calibration, self.model.name_or_path, self.architecture)
 
     @cached_property
-    def batches(self) -> list[Int[Tensor, "b t"]]:
+    def batches(self) -> list[Int[Tensor, "_ _"]]:
         return list(batches(self.sequences))
 
     def moments(self, method: Method) -> tuple[LayerMoments, ...]:
@@ -65,12 +66,14 @@ class Measuring:
         check_enough_tokens(method, self.architecture, self.sequences.numel())
         return calibrate(self.model, self.batches)
 
-    def trained(self, method: Method, layers: list[LayerDecomposition]) -> list[LayerDecomposition]:
-        """The layers after the method's training, if it has any."""
+    def trained(
+        self, method: Method, layers: list[LayerDecomposition]
+    ) -> tuple[list[LayerDecomposition], AdapterTensors]:
+        """The layers after the method's training, if it has any, and its adapters, if it has those."""
         if method.training is None:
-            return layers
+            return layers, {}
         *_, last = Trainer(self.model, layers, method.training).train(self.sequences)
-        return trained_layers(layers, last.rotations, method)
+        return trained_layers(layers, last.rotations, method), last.adapters
 
     def probes(self, schedule: Schedule, layers: Sequence[LayerDecomposition]) -> Probes | None:
         """What the schedule asks for beside spectra."""

@@ -7,6 +7,16 @@ from typing import Any, Literal, get_args
 from lorc_core.architecture import KINDS, Architecture, Kind
 from lorc_core.blocks import Partition, check_block, partition_of
 from lorc_core.errors import ConfigError
+from lorc_core.schedule import (
+    Energy,
+    ErrorBudget,
+    Fisher,
+    Progressive,
+    Schedule,
+    Sensitivity,
+    Uniform,
+    schedule_from_dict,
+)
 
 Statistics = Literal["weights", "weights_with_gain", "calibration"]
 Reader = Literal["none", "stacked", "interaction"]
@@ -14,6 +24,13 @@ Space = Literal["pre_rope", "post_rope"]
 Gqa = Literal["stack", "sum"]
 Mean = Literal["known", "measured"]
 CHOICES = {"statistics": Statistics, "reader": Reader, "space": Space, "gqa": Gqa, "mean": Mean}
+
+
+def check_choices(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError where an axis has a value that it cannot have."""
+    for name, choice in CHOICES.items():
+        if name in values and values[name] not in get_args(choice):
+            raise ConfigError(f"{name} {values[name]!r} is not known; known are {', '.join(get_args(choice))}")
 
 
 @dataclass(frozen=True)
@@ -40,10 +57,7 @@ class Axes:
 
     def __post_init__(self) -> None:
         check_block(self.block)
-        for name, choice in CHOICES.items():
-            if getattr(self, name) not in get_args(choice):
-                allowed = ", ".join(get_args(choice))
-                raise ConfigError(f"{name} {getattr(self, name)!r} is not known; known are {allowed}")
+        check_choices({name: getattr(self, name) for name in CHOICES})
         if self.block == "frequency" and self.space != "post_rope":
             raise ConfigError("block frequency needs space post_rope: its latents are cached rotated")
         if self.mean == "measured" and (self.statistics != "calibration" or self.space == "post_rope"):
@@ -78,6 +92,8 @@ class Training:
         max_kept_fraction: See above.
         eval_every: Steps between looks at the held-out text.
         patience: Looks without a new best after which training stops.
+        lora_rank: Of LoRA adapters on W_q, W_k, W_v and W_o, trained along through `peft`; 0 for none. They are kept
+            in the variant and change what is cached, so they go with these factors alone (arXiv 2406.07056).
         seed: Of the draws.
     """
 
@@ -88,12 +104,15 @@ class Training:
     max_kept_fraction: float = 0.8
     eval_every: int = 50
     patience: int = 3
+    lora_rank: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "eval_every", "patience"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.lora_rank < 0:
+            raise ConfigError(f"lora_rank must be at least 0, got {self.lora_rank}")
         if not 0 < self.min_kept_fraction <= self.max_kept_fraction <= 1:
             raise ConfigError("min_kept_fraction and max_kept_fraction must be rising shares in (0, 1]")
 
@@ -106,7 +125,7 @@ class Method:
         name: In zoo files and tables.
         keys: Axes of the keys.
         values: Axes of the values; without rotation, so always `pre_rope`, and never by `frequency`.
-        schedule: The one of its source.
+        schedule: The one of its source or, of lorc's own, the best measured (docs/quality.md).
         source: Where it was published, and how far this is that.
         layers: Other methods for single layers, by layer.
         training: How its factors are trained; None where they are not.
@@ -115,9 +134,9 @@ class Method:
     name: str
     keys: Axes
     values: Axes
-    schedule: str
+    schedule: Schedule
     source: str
-    layers: Mapping[int, "Method"] = field(default_factory=dict)
+    layers: Mapping[int, "Method"] = field(default_factory=dict, hash=False)
     training: Training | None = None
 
     def __post_init__(self) -> None:
@@ -157,7 +176,8 @@ class Method:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; the inverse is `method_from_dict`."""
-        return asdict(replace(self, layers={})) | {"layers": {str(idx): m.to_dict() for idx, m in self.layers.items()}}
+        layers = {str(layer_idx): method.to_dict() for layer_idx, method in self.layers.items()}
+        return asdict(replace(self, layers={})) | {"layers": layers}
 
 
 def method_from_dict(saved: Mapping[str, Any]) -> Method:
@@ -165,7 +185,8 @@ def method_from_dict(saved: Mapping[str, Any]) -> Method:
     layers = {int(idx): method_from_dict(method) for idx, method in saved["layers"].items()}
     training = Training(**saved["training"]) if saved["training"] else None
     keys, values = (Axes(**saved[kind]) for kind in KINDS)
-    return Method(saved["name"], keys, values, saved["schedule"], saved["source"], layers, training)
+    schedule = schedule_from_dict(saved["schedule"])
+    return Method(saved["name"], keys, values, schedule, saved["source"], layers, training)
 
 
 def both(axes: Axes, **keys: Any) -> tuple[Axes, Axes]:
@@ -181,70 +202,70 @@ METHODS = {
         Method(
             "lorc",
             *both(Axes("weights")),
-            schedule="progressive",
+            schedule=Progressive(),
             source="LoRC, arXiv 2410.03111: truncated SVD of W_k and W_v",
         ),
         Method(
             "lorc_q",
             *both(Axes("weights_with_gain", "interaction")),
-            schedule="energy",
+            schedule=Energy(),
             source="lorc's own: no data, but the input norm's gain and the readers W_q and W_o (as KQ-SVD)",
         ),
         Method(
             "kq_joint",
             *both(Axes("calibration", "interaction")),
-            schedule="energy",
+            schedule=Energy(spectrum="weights"),
             source="lorc's own: KQ-SVD's objective over all kv heads of a layer at once, before the rotation",
         ),
         Method(
             "k_svd",
             *both(PER_HEAD, space="post_rope"),
-            schedule="uniform",
+            schedule=Uniform(),
             source="SVD of each head's cached keys and values alone, the baseline of KQ-SVD, arXiv 2512.05916",
         ),
         Method(
             "eigen",
             keys=replace(PER_HEAD, reader="stacked", space="post_rope"),
             values=PER_HEAD,
-            schedule="error_budget",
+            schedule=ErrorBudget(),
             source="Eigen Attention, arXiv 2408.05646: keys by the SVD of [K; Q], values by their own",
         ),
         Method(
             "kq_svd",
             *both(replace(PER_HEAD, reader="interaction"), space="post_rope"),
-            schedule="energy",
+            schedule=Energy(),
             source="KQ-SVD, arXiv 2512.05916: the best projection of K Q^T and of V W_o, per kv head",
         ),
         Method(
             "palu",
             *both(Axes("calibration", block="group(4)")),
-            schedule="fisher",
+            schedule=Fisher(),
             source="Palu, arXiv 2407.21118: whitened SVD of the weights of groups of 4 heads",
         ),
         Method(
             "zack",
             *both(replace(PER_HEAD, reader="stacked"), space="post_rope"),
-            schedule="sensitivity",
+            schedule=Sensitivity(),
             source="Zack, arXiv 2408.04107, from its abstract (the full text was not at hand): rotation by the SVD of "
             "[K; Q] and of [V; W_o] per head",
         ),
         Method(
             "kv_heads",
             *both(Axes("calibration", block="group(2)")),
-            schedule="uniform",
+            schedule=Uniform(),
             source="Effectively Compress KV Heads, arXiv 2406.07056 (SVD-a): at half of the cache two heads become one",
         ),
         Method(
             "phasor_freq",
             keys=Axes("calibration", "interaction", "frequency", "post_rope"),
             values=Axes("calibration", "interaction"),
-            schedule="energy",
+            schedule=Energy(),
             source="PhasorKV's freq layout: one complex block per rotary frequency; values joint",
         ),
         Method(
             "matryoshka",
             *both(Axes("calibration", "interaction")),
-            schedule="energy",
+            schedule=Energy(spectrum="weights"),
             source="MatryoshkaKV, arXiv 2410.14731: orthogonal projections trained by distillation, here from kq_joint",
             training=Training(),
         ),
@@ -264,4 +285,5 @@ def changed_axes(axes: Axes, changes: Mapping[str, Any]) -> Axes:
     allowed = [one.name for one in fields(Axes)]
     if unknown := sorted(set(changes) - set(allowed)):
         raise ConfigError(f"unknown axis {unknown[0]!r}; axes are {', '.join(allowed)}")
+    check_choices(changes)
     return replace(axes, **changes)

@@ -22,7 +22,7 @@ CURVE_FRACTIONS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 NUM_ERROR_LEVELS = 24
 FIRST_MOVE = 0.125  # of a layer's width, in the first round of exchanges
 
-Batches = Sequence[Int[Tensor, "b t"]]
+Batches = Sequence[Int[Tensor, "_ _"]]  # the last may be smaller
 
 
 def fisher_information(model: PreTrainedModel, batches: Batches) -> tuple[dict[Kind, tuple[float, ...]], ...]:

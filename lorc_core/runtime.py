@@ -11,7 +11,7 @@ Shapes: B batch, H query heads, G kv heads, D head_dim, Q new tokens, S cached a
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, Cache, PreTra
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lorc_core.adapters import AdapterTensors, hook_adapters
 from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
 from lorc_core.checkpoint import Checkpoint, model_directory
 from lorc_core.errors import ArtifactError, ConfigError, UnsupportedModelError
@@ -76,12 +77,17 @@ LayerFactors = dict[Kind, Factors | None]
 class LayerState:
     """The factors of one attention module, on its device, what looks at it, and the call in progress."""
 
-    factors: LayerFactors
+    placed_at: tuple[torch.device, torch.dtype]
     rotary: nn.Module | None
     num_kv_heads: int
     positions: "RowPositions"
+    factors: LayerFactors = field(default_factory=lambda: dict.fromkeys(KINDS))
     observe: Callable[[Observed], None] | None = None
     call: Call | None = None
+
+    @property
+    def compresses(self) -> bool:
+        return any(self.factors.values())
 
     @property
     def unrotates_keys(self) -> bool:
@@ -94,8 +100,9 @@ class LayerState:
         return {kind: found.offset() if found else None for kind, found in self.factors.items()}
 
     def use(self, factors: LayerFactors) -> None:
-        """Take other factors; they must be on the module's device and in its dtype."""
-        self.factors = factors
+        """Take other factors, wherever they are."""
+        device, dtype = self.placed_at
+        self.factors = {kind: found.to(device, dtype) if found else None for kind, found in factors.items()}
         self.__dict__.pop("offsets", None)
 
 
@@ -119,7 +126,7 @@ class LatentCache:
     ) -> tuple[Tensor, Tensor]:
         """Project down, let the real cache append, return all latents (or states, where a kind is not compressed)."""
         states = {"keys": keys, "values": values}
-        latents = [project_down(states[kind], self._state.factors[kind]) for kind in KINDS]
+        latents = [project_down(states[kind], self._state, kind) for kind in KINDS]
         if self._cache is None:
             return latents[0], latents[1]
         call = self._state.call
@@ -177,19 +184,24 @@ def rows_are_contiguous(position_ids: Int[Tensor, "#b q"]) -> bool:
     return bool(((position_ids == expected) | padding).all())
 
 
-def project_down(states: Float[Tensor, "b g q d"], factors: Factors | None) -> Float[Tensor, "b _ q _"]:
-    """(B, G, Q, D) states to (B, 1, Q, K) latents; unchanged without factors."""
-    if factors is None:
+def project_down(states: Float[Tensor, "b g q d"], state: LayerState, kind: Kind) -> Float[Tensor, "b _ q _"]:
+    """(B, G, Q, D) states to (B, 1, Q, K) latents.
+
+    Whole keys beside compressed values, or the reverse, become one head too: static caches have as many of both.
+    """
+    if not state.compresses:
         return states
-    return factors.project_down(states.transpose(1, 2).flatten(2)).unsqueeze(1)
+    joint, factors = states.transpose(1, 2).flatten(2), state.factors[kind]
+    return (joint if factors is None else factors.project_down(joint)).unsqueeze(1)
 
 
 def rebuild(latents: Float[Tensor, "b _ s _"], state: LayerState, kind: Kind) -> Float[Tensor, "b g s d"]:
-    """(B, 1, S, K) latents to (B, G, S, D) states; unchanged without factors."""
-    factors, offset = state.factors[kind], state.offsets[kind]
-    if factors is None:
+    """(B, 1, S, K) latents to (B, G, S, D) states."""
+    if not state.compresses:
         return latents
-    joint = factors.rebuild(latents.squeeze(1))
+    joint, factors, offset = latents.squeeze(1), state.factors[kind], state.offsets[kind]
+    if factors is not None:
+        joint = factors.rebuild(joint)
     if offset is not None:
         joint = joint + offset
     return joint.unflatten(-1, (state.num_kv_heads, -1)).transpose(1, 2)
@@ -295,11 +307,13 @@ class Attachment:
         architecture: Architecture,
         factors: Sequence[LayerFactors],
         observers: Sequence[Callable[[Observed], None] | None] | None = None,
+        adapters: AdapterTensors | None = None,
     ) -> None:
         self.model = model
         self.architecture = architecture
         self.layers: list[LayerState | None] = []
         self._factors = factors
+        self._adapters = adapters or {}
         self._observers = observers or [None for _ in factors]
         self._underlying = model.config._attn_implementation
         self._handles: list[RemovableHandle] = []
@@ -327,17 +341,17 @@ class Attachment:
     def _hook(self, layer_idx: int, factors: LayerFactors, observe: Callable[[Observed], None] | None) -> LayerState:
         base = self.model.base_model
         module = base.get_submodule(self.architecture.attention_module(layer_idx))
-        dtype, device = next(module.parameters()).dtype, execution_device(module)
-        placed = {kind: found.to(device, dtype) if found else None for kind, found in factors.items()}
+        placed_at = (execution_device(module), next(module.parameters()).dtype)
         rotary = base.get_submodule("rotary_emb") if self.architecture.rotary else None
-        state = LayerState(placed, rotary, self.architecture.num_kv_heads, self._positions, observe)
+        state = LayerState(placed_at, rotary, self.architecture.num_kv_heads, self._positions, observe=observe)
+        state.use(factors)
         setattr(module, STATE_ATTRIBUTE, state)
         self._modules.append(module)
         self._handles.append(module.register_forward_pre_hook(partial(enter_attention, state), with_kwargs=True))
         return state
 
     def use(self, factors: Sequence[LayerFactors]) -> None:
-        """Take other factors, on each module's device and in its dtype; layers that were left alone stay so."""
+        """Take other factors; layers that were left alone stay so."""
         for state, found in zip(self.layers, factors, strict=True):
             if state is not None:
                 state.use(found)
@@ -358,6 +372,7 @@ class Attachment:
             for layer_idx, (factors, observe) in enumerate(zip(self._factors, self._observers, strict=True)):
                 idle = observe is None and not any(factors.values())
                 self.layers.append(None if idle else self._hook(layer_idx, factors, observe))
+            self._handles += hook_adapters(self.model, self.architecture, self._adapters)
             undo.pop_all()
         return self
 
@@ -400,7 +415,7 @@ def attach(model: PreTrainedModel, variant: Variant) -> Attachment:
     found = architecture_of(model.config)
     if found != variant.architecture:
         raise ConfigError(f"the variant is for {variant.architecture}, the model is {found}")
-    return Attachment(model, found, variant.factors).start()
+    return Attachment(model, found, variant.factors, adapters=variant.adapters).start()
 
 
 def load(variant_dir: Path | str, *, base: Path | str | None = None, **from_pretrained_kwargs: Any) -> PreTrainedModel:

@@ -32,6 +32,7 @@ from lorc_core.spectra import (
 )
 
 KEPT_FRACTION_TOLERANCE = 0.01
+MIN_ERROR_RISE = 1e-9  # between levels, so that the floats between two of one error can be reached
 Probe = Literal["fisher", "errors", "curves"]
 
 
@@ -192,7 +193,9 @@ class Energy(Schedule):
 
 @dataclass(frozen=True)
 class Fisher(Schedule):
-    """Ranks proportional to each block's mean root Fisher information, up to its width.
+    """Ranks proportional to the root Fisher information of each block's channels, up to its width.
+
+    Where blocks are equally wide, as Palu's, that is to their mean.
 
     Source: Palu, arXiv 2407.21118, section 3.3; its rounding of proportions is replaced by highest averages.
     """
@@ -202,7 +205,7 @@ class Fisher(Schedule):
 
     def gains(self, spectrum: KindSpectrum, layer_idx: int, kind: Kind, probes: Probes) -> Energies:
         by_channel = torch.tensor(probes.fisher[layer_idx][kind], dtype=torch.float64)
-        by_block = spectrum.partition.split(by_channel).mean(dim=-1).tolist()
+        by_block = spectrum.partition.split(by_channel).sum(dim=-1).tolist()
         return tuple(tuple(value / rank for rank in range(1, spectrum.partition.width + 1)) for value in by_block)
 
     def climb(self, spectra: Sequence[LayerSpectrum], stairs: Sequence[Staircase], probes: Probes) -> Climb:
@@ -324,10 +327,10 @@ def best_first(stairs: Sequence[Staircase]) -> Climb:
 
 
 def error_ramp(levels: Sequence[ErrorLevel], kv_width: int) -> list[ErrorLevel]:
-    """Levels by rising error, from full width and no error, the error never falling as floats are cut."""
+    """Levels by rising error, from full width and no error; every cut raises it, by a little at least."""
     ramp = [ErrorLevel(kv_width, kv_width, 0.0)]
     for level in sorted(levels, key=lambda level: -(level.keys + level.values)):
-        ramp.append(ErrorLevel(level.keys, level.values, max(level.error, ramp[-1].error)))
+        ramp.append(ErrorLevel(level.keys, level.values, max(level.error, ramp[-1].error + MIN_ERROR_RISE)))
     return ramp
 
 

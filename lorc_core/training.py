@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 from transformers import PreTrainedModel
 
+from lorc_core.adapters import Adapters, AdapterTensors, injected_adapters
 from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.methods import Method, Reader, Training
@@ -32,6 +33,7 @@ HELDOUT_SHARE = 8  # one in so many sequences is held out
 JITTER = 1.25  # a layer's floats are drawn between the schedule's over this and times this
 
 
+# Each layer's and kind's orthogonal matrices.
 Rotations = list[dict[Kind, Float[Tensor, "b w w"]]]
 
 
@@ -44,6 +46,7 @@ class TrainingState:
     best: float
     last: float
     rotations: Rotations
+    adapters: AdapterTensors
 
 
 class Rotation(nn.Module):
@@ -74,7 +77,7 @@ class Trainer:
             {kind: Rotation(found.up.shape[0], found.up.shape[1], model.device) for kind, found in layer.items()}
             for layer in layers
         ]
-        self.trained = nn.ModuleList(rotation for layer in self.rotations for rotation in layer.values())
+        self.adapters = Adapters({})
         self.generator = torch.Generator().manual_seed(settings.seed)
 
     def train(self, text: Int[Tensor, "s t"], checkpoint: Path | None = None) -> Iterator[TrainingState]:
@@ -93,13 +96,18 @@ class Trainer:
         settings = self.settings
         sequences = text[[idx for idx in range(len(text)) if idx % HELDOUT_SHARE]]
         heldout = text[::HELDOUT_SHARE]
-        optimizer = torch.optim.Adam(self.trained.parameters(), lr=settings.learning_rate)
-        scale = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.num_steps)
-        with self.attached() as attachment:
+        with (
+            only_gradients_of(self.model, []),
+            injected_adapters(self.model, self.architecture, settings.lora_rank) as self.adapters,
+            self.attached() as attachment,
+        ):
+            self.trained = nn.ModuleList([*self.rotation_modules(), *self.adapters.modules()])
+            optimizer = torch.optim.Adam(self.trained.parameters(), lr=settings.learning_rate)
+            scale = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.num_steps)
             step, stale = 0, 0
-            best, best_rotations = self.divergence(attachment, heldout), self.matrices()
+            best, kept = self.divergence(attachment, heldout), self.matrices()
             if checkpoint is not None and (checkpoint / CHECKPOINT_FILE).is_file():
-                step, stale, best, best_rotations = self.resume(checkpoint, optimizer, scale)
+                step, stale, best, kept = self.resume(checkpoint, optimizer, scale)
             while step < settings.num_steps and stale < settings.patience:
                 self.step(attachment, sequences, optimizer)
                 scale.step()
@@ -111,20 +119,25 @@ class Trainer:
                     raise NumericsError(f"training step {step}: the divergence on held-out text is {found}")
                 stale = 0 if found < best else stale + 1
                 if found < best:
-                    best, best_rotations = found, self.matrices()
+                    best, kept = found, self.matrices()
                 if checkpoint is not None:
-                    self.keep(checkpoint, optimizer, scale, (step, stale, best, best_rotations))
-                yield TrainingState(step, settings.num_steps, best, found, best_rotations)
-            yield TrainingState(step, step, best, best, best_rotations)
+                    self.keep(checkpoint, optimizer, scale, (step, stale, best, kept))
+                yield TrainingState(step, settings.num_steps, best, found, *kept)
+            yield TrainingState(step, step, best, best, *kept)
 
     def attached(self) -> Attachment:
         """The model with hooks on every layer; each step brings its own factors."""
         full = self.factors(self.drawn_ranks(1.0, jitter=False))
         return Attachment(self.model, self.architecture, full).start()
 
-    def matrices(self) -> Rotations:
-        """The rotations as they are now."""
-        return [{kind: layer[kind].weight.detach().clone().cpu() for kind in KINDS} for layer in self.rotations]
+    def rotation_modules(self) -> Iterator[Rotation]:
+        for layer in self.rotations:
+            yield from layer.values()
+
+    def matrices(self) -> tuple[Rotations, AdapterTensors]:
+        """What is trained, as it is now."""
+        rotations = [{kind: layer[kind].weight.detach().clone().cpu() for kind in KINDS} for layer in self.rotations]
+        return rotations, self.adapters.tensors()
 
     def drawn_ranks(self, kept_fraction: float, *, jitter: bool) -> RankSchedule:
         """Ranks at a share, each layer's and kind's floats drawn around them."""
@@ -153,10 +166,9 @@ class Trainer:
         share = torch.rand((), generator=self.generator).item()
         kept = settings.min_kept_fraction + share * (settings.max_kept_fraction - settings.min_kept_fraction)
         ranks = self.drawn_ranks(kept, jitter=True)
-        with only_gradients_of(self.model, []):
-            loss = self.batch_divergence(attachment, sequences[rows], self.factors(ranks))
-            optimizer.zero_grad()
-            loss.backward()
+        loss = self.batch_divergence(attachment, sequences[rows], self.factors(ranks))
+        optimizer.zero_grad()
+        loss.backward()
         optimizer.step()
 
     def batch_divergence(
@@ -165,9 +177,11 @@ class Trainer:
         """KL divergence of the compressed model's next-token distribution from the untouched one's, in nats."""
         ids = batch.to(self.model.device)
         attachment.use([dict.fromkeys(KINDS) for _ in factors])
+        self.adapters.enable(False)
         with torch.no_grad():
             target = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
         attachment.use(factors)
+        self.adapters.enable(True)
         found = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
         return nn.functional.kl_div(found, target, log_target=True, reduction="sum") / ids.numel()
 
@@ -188,12 +202,12 @@ class Trainer:
         directory: Path,
         optimizer: torch.optim.Optimizer,
         scale: torch.optim.lr_scheduler.LRScheduler,
-        progress: tuple[int, int, float, Rotations],
+        progress: tuple[int, int, float, tuple[Rotations, AdapterTensors]],
     ) -> None:
         """Everything that training goes on from."""
         directory.mkdir(parents=True, exist_ok=True)
         state = {
-            "rotations": self.trained.state_dict(),
+            "trained": self.trained.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scale": scale.state_dict(),
             "generator": self.generator.get_state(),
@@ -204,14 +218,14 @@ class Trainer:
 
     def resume(
         self, directory: Path, optimizer: torch.optim.Optimizer, scale: torch.optim.lr_scheduler.LRScheduler
-    ) -> tuple[int, int, float, Rotations]:
+    ) -> tuple[int, int, float, tuple[Rotations, AdapterTensors]]:
         state = torch.load(directory / CHECKPOINT_FILE, weights_only=True, map_location=self.model.device)
-        self.trained.load_state_dict(state["rotations"])
+        self.trained.load_state_dict(state["trained"])
         optimizer.load_state_dict(state["optimizer"])
         scale.load_state_dict(state["scale"])
         self.generator.set_state(state["generator"].cpu())
-        step, stale, best, rotations = state["progress"]
-        return step, stale, best, rotations
+        step, stale, best, kept = state["progress"]
+        return step, stale, best, kept
 
 
 def moved(found: Decomposition, device: torch.device) -> Decomposition:

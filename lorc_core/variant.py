@@ -7,7 +7,7 @@ other file, written last). Nothing is pickled.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ SCHEMA_VERSION = 2
 CONFIG_FILE = "lorc_config.json"
 FACTORS_FILE = "factors.safetensors"
 MANIFEST_FILE = "manifest.json"
+ADAPTERS = "adapters"
 FACTOR_TENSORS = ("up", "own_down", "mean")
 
 
@@ -44,7 +45,8 @@ class BaseModel:
 class Variant:
     """One base model compressed by one method to one budget.
 
-    `factors[layer_idx][kind]` is None where that layer's keys or values keep their full width.
+    `factors[layer_idx][kind]` is None where that layer's keys or values keep their full width. `adapters` are LoRA
+    matrices trained with the factors, empty for most variants; see `lorc_core.adapters`.
     """
 
     base: BaseModel
@@ -53,6 +55,7 @@ class Variant:
     schedule: dict[str, Any]
     ranks: RankSchedule
     factors: tuple[dict[Kind, Factors | None], ...]
+    adapters: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def kept_fraction(self) -> float:
@@ -80,7 +83,7 @@ class Variant:
         write_manifest(directory)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors: dict[str, torch.Tensor] = {}
+        tensors = {f"{ADAPTERS}.{name}": tensor.contiguous() for name, tensor in self.adapters.items()}
         for layer_idx, layer in enumerate(self.factors):
             for kind, factors in layer.items():
                 if factors is not None:
@@ -135,6 +138,11 @@ def load_variant(directory: Path | str) -> Variant:
                 }
                 for layer_idx, layer in enumerate(ranks.layers)
             ),
+            adapters={
+                name.removeprefix(f"{ADAPTERS}."): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(f"{ADAPTERS}.")
+            },
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{directory / CONFIG_FILE}: not a variant's config ({error})") from error

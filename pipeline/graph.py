@@ -295,6 +295,10 @@ def variant_step(
     calibrated: Calibrated | None,
 ) -> Step:
     inputs: dict[str, Step | tuple[Step, ...]] = {"ranks": scheduled, "layers": layers}
+    if calibrated:
+        inputs["calibrated"] = calibrated.shards
+    if entry.method.training:
+        inputs["trained"] = layers[0].inputs["trained"]
     return Step(
         name="variant",
         model=model.entry.name,
@@ -306,7 +310,7 @@ def variant_step(
             "architecture": model.architecture.to_dict(),
         },
         places={"model_dir": str(model.directory)},
-        inputs=inputs | ({"calibrated": calibrated.shards} if calibrated else {}),
+        inputs=inputs,
     )
 
 

@@ -50,6 +50,7 @@ PROBES_FILE = "probes.json"
 WINDOWS_FILE = "windows.npy"
 LAYER_FILE = "layer.safetensors"
 ROTATIONS_FILE = "rotations.safetensors"
+ADAPTERS_FILE = "adapters.safetensors"
 ENERGIES = ("weight_energies", "state_energies", "read_energies")
 
 
@@ -119,6 +120,7 @@ def train(
         yield state.step, state.num_steps
     tensors = {f"{idx}.{kind}": found for idx, layer in enumerate(state.rotations) for kind, found in layer.items()}
     save_file(tensors, output / ROTATIONS_FILE)
+    save_file(state.adapters, output / ADAPTERS_FILE)
     write_table(output, "training", rows)
     shutil.rmtree(checkpoint, ignore_errors=True)
 
@@ -316,6 +318,7 @@ def variant(
     ranks: Path,
     layers: Sequence[Path],
     calibrated: Sequence[Path] = (),
+    trained: Path | None = None,
 ) -> None:
     """Slice every layer's factors to the scheduled ranks, write the variant and the errors of its projections."""
     chosen, shape = load_ranks(ranks), Architecture.from_dict(architecture)
@@ -327,7 +330,9 @@ def variant(
             errors = projection_errors(source, shape, (layer_idx, kind), found, moments)
             rows.append({"layer": layer_idx, "kind": kind, **asdict(errors)})
     made_by = method_from_dict(method)
-    Variant(BaseModel(**base), shape, made_by, schedule, chosen, factors).save(output)
+    found_adapters = load_file(trained / ADAPTERS_FILE) if trained else {}
+    adapters = {name: tensor.to(DTYPES[dtype]) for name, tensor in found_adapters.items()}
+    Variant(BaseModel(**base), shape, made_by, schedule, chosen, factors, adapters).save(output)
     write_table(output, "errors", rows)
     write_manifest(output)
 

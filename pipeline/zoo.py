@@ -134,7 +134,7 @@ class VariantEntry(Strict):
     def build_schedule(cls, schedule: Any, info: ValidationInfo) -> Schedule:
         if schedule is None:
             method = info.data.get("method")
-            return known_schedule(method.schedule if method else "uniform")
+            return method.schedule if method else known_schedule("uniform")
         settings = dict(schedule) if isinstance(schedule, dict) else {"name": schedule}
         name = settings.pop("name", None)
         if not isinstance(name, str):
@@ -196,8 +196,8 @@ def method_of(written: Any) -> Method:
         keys, values = (changed_axes(base.axes(-1, kind), axes[kind]) for kind in KINDS)
         base = replace(base, keys=keys, values=values)
     elif all("statistics" in axes[kind] for kind in KINDS):
-        keys, values = (changed_axes(Axes(axes[kind]["statistics"]), axes[kind]) for kind in KINDS)
-        base = Method(name, keys, values, schedule="uniform", source="the zoo file")
+        keys, values = (changed_axes(Axes("weights"), axes[kind]) for kind in KINDS)
+        base = Method(name, keys, values, known_schedule("uniform"), source="the zoo file")
     else:
         raise ValueError("give a preset, or keys and values with their statistics each")
     layers = written.get("per_layer") or {}
@@ -394,6 +394,26 @@ class Zoo(Strict):
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"variants: two are called {twice[0]}; give one of them a name")
         return self
+
+
+def cautions(zoo: Zoo) -> list[str]:
+    """What a zoo file may do but its author should know."""
+    if zoo.calibration is None or zoo.calibration.window_tokens >= zoo.evaluation.window_tokens:
+        return []
+    rotated = [
+        entry.method.name
+        for entry in zoo.variants
+        for method in (entry.method, *entry.method.layers.values())
+        if method.keys.statistics == "calibration" and method.keys.space == "post_rope"
+    ]
+    if not rotated:
+        return []
+    names = ", ".join(dict.fromkeys(rotated))
+    caution = (
+        f"{names}: rotated keys are calibrated on positions below {zoo.calibration.window_tokens} and evaluated on up "
+        f"to {zoo.evaluation.window_tokens}; let calibration.window_tokens span the positions that will be used"
+    )
+    return [caution]
 
 
 def known_names() -> str:

@@ -255,9 +255,11 @@ def test_keys_and_values_and_layers_may_differ():
     )
     ranks = RankSchedule(layers, kv_width=32)
     variant = lorc_core.Variant(full.base, full.architecture, METHODS["lorc"], full.schedule, ranks, kept)
+    expected = one_pass(truncated(model, variant), tokens(model))
     with lorc_core.attach(model, variant):
-        found = token_by_token(model, tokens(model), 7)
-    assert_close(found, one_pass(truncated(model, variant), tokens(model)))
+        assert_close(token_by_token(model, tokens(model), 7), expected)
+        static = StaticCache(config=model.config, max_cache_len=40)
+        assert_close(token_by_token(model, tokens(model), 7, static), expected)
 
 
 def rank_of(model, layer_idx, kind, rank):

@@ -9,7 +9,7 @@ import lorc_core
 from lorc_core.checkpoint import read_config
 from lorc_core.errors import ArtifactError, ConfigError, NumericsError
 from pipeline.evaluation import device_plan, loaded_model, window_losses
-from pipeline.texts import load_rows, pin_windows, token_stream, tokenizer_identity
+from pipeline.texts import load_rows, pin_windows, text_tokens, token_stream, tokenizer_identity
 from pipeline.zoo import TextEntry
 from tests.conftest import REPOSITORY, tiny_model
 
@@ -22,9 +22,39 @@ def tokenizer(save_tiny):
 
 
 def test_documents_are_joined_between_the_tokenizers_marks(tokenizer):
-    stream = token_stream(["import os", "x = 1"], tokenizer)
-    inner = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("import os", "x = 1")]
-    assert stream.tolist() == [0, *inner[0], 1, 0, *inner[1], 1]
+    one, two = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("import os", "x = 1"))
+    for marks, expected in (
+        ("both", [0, *one, 1, 0, *two, 1]),
+        ("begin", [0, *one, 0, *two]),
+        ("end", [*one, 1, *two, 1]),
+        ("none", [*one, *two]),
+    ):
+        assert token_stream(["import os", "x = 1"], tokenizer, marks).tolist() == expected
+
+
+def test_a_text_is_cut_at_its_separator_and_into_parts(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("one<|end|>\ntwo\n<|end|>three<|end|>four<|end|>\n")
+    entry = TextEntry(name="t", source=str(tmp_path / "a.txt"), separator="<|end|>")
+    assert load_rows(entry, tmp_path / "cache") == ["one", "two", "three", "four"]
+    halves = [
+        text_tokens(entry.model_copy(update={"part": part}), tokenizer, "begin", tmp_path / "cache").tolist()
+        for part in ((0, 0.5), (0.5, 1))
+    ]
+    assert halves[0] == token_stream(["one", "two"], tokenizer, "begin").tolist()
+    assert halves[1] == token_stream(["three", "four"], tokenizer, "begin").tolist()
+
+
+def test_token_ids_are_taken_as_they_are_and_checked(tmp_path, tokenizer):
+    np.save(tmp_path / "a.npy", np.arange(40, dtype=np.uint16))
+    entry = TextEntry(name="t", source=str(tmp_path / "a.npy"), part=(0.25, 0.75))
+    assert text_tokens(entry, tokenizer, "both", tmp_path).tolist() == list(range(10, 30))
+    for wrong in (np.array([2000]), np.array([0.5])):
+        np.save(tmp_path / "a.npy", wrong)
+        with pytest.raises(ConfigError, match=r"text t: .*a\.npy must hold token ids below 1024 of this tokenizer"):
+            text_tokens(entry, tokenizer, "both", tmp_path)
+    (tmp_path / "a.npy").write_text("no array")
+    with pytest.raises(ConfigError, match="text t: cannot be read"):
+        text_tokens(entry, tokenizer, "both", tmp_path)
 
 
 def test_windows_do_not_overlap_are_pinned_by_the_seed_and_keep_their_order():

@@ -1,11 +1,14 @@
 """The zoo file: what is accepted, and that every error names the file, the field and what is allowed."""
 
+import json
+
 import pytest
 import yaml
 
 from lorc_core.errors import ConfigError
+from lorc_core.methods import METHODS, Axes, method_from_dict
 from lorc_core.schedule import Progressive, Uniform
-from pipeline.zoo import load_zoo, variant_label
+from pipeline.zoo import cautions, load_zoo, variant_label
 from tests.conftest import REPOSITORY, ZOO
 
 
@@ -44,6 +47,59 @@ def test_one_kept_fraction_is_a_list_of_one(content, load):
     assert load(content).variants[1].kept_fraction == (0.75,)
 
 
+def test_without_a_method_the_best_is_taken_that_there_is_text_for(content, load):
+    content["variants"] = [{"kept_fraction": 0.5}]
+    assert load(content).variants[0].method == METHODS["lorc_q"]
+    content["evaluation"]["texts"][0]["part"] = [0.25, 1]
+    content["calibration"] = {"texts": [{"name": "c", "source": "text.jsonl", "part": [0, 0.25]}], "probe_windows": 8}
+    (variant,) = load(content).variants
+    assert variant.method == METHODS["kq_joint"]
+    assert variant.schedule == variant.method.schedule
+
+
+def test_a_method_is_written_from_a_preset_from_axes_or_layer_by_layer(content, load):
+    content["variants"][0]["method"] = {
+        "name": "mixed",
+        "preset": "lorc",
+        "keys": {"block": "head", "gqa": "sum"},
+        "per_layer": {
+            0: "lorc_q",
+            "2-3": {
+                "name": "own",
+                "keys": {"statistics": "weights"},
+                "values": {"statistics": "weights", "block": "group(2)"},
+            },
+        },
+    }
+    method = load(content).variants[0].method
+    assert method.keys == Axes("weights", block="head", gqa="sum")
+    assert method.values == Axes("weights")
+    assert method.at(0) == METHODS["lorc_q"]
+    assert [method.axes(layer, "values").block for layer in range(5)] == [
+        "joint",
+        "joint",
+        "group(2)",
+        "group(2)",
+        "joint",
+    ]
+    assert variant_label(load(content).variants[0], 0.9) == "mixed-uniform-0.9"
+    assert method_from_dict(json.loads(json.dumps(method.to_dict()))) == method
+
+
+def test_rotated_keys_calibrated_on_too_few_positions_are_a_caution(content, load):
+    content["evaluation"]["texts"][0]["part"] = [0.25, 1]
+    content["calibration"] = {
+        "texts": [{"name": "c", "source": "text.jsonl", "part": [0, 0.25]}],
+        "window_tokens": 16,
+        "num_windows": 20,
+    }
+    content["variants"] = [{"method": name, "kept_fraction": 0.5} for name in ("kq_joint", "kq_svd", "lorc")]
+    (caution,) = cautions(load(content))
+    assert caution.startswith("kq_svd: rotated keys are calibrated on positions below 16 and evaluated on up to 32")
+    content["calibration"]["window_tokens"] = 32
+    assert cautions(load(content)) == []
+
+
 def set_at(content, path, value):
     for part in path[:-1]:
         content = content[part]
@@ -53,7 +109,7 @@ def set_at(content, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["modles"], [], "modles: unknown field; allowed here are name, models, variants, evaluation, gates"),
+        (["modles"], [], "modles: unknown field; allowed here are name, models, variants, calibration, eval"),
         (["models", 0, "dtyp"], "float32", r"models\.0\.dtyp: unknown field; allowed here are name, source, revision"),
         (["models", 0, "dtype"], "float8", r"models\.0\.dtype: input should be 'float32', 'bfloat16' or 'float16'"),
         (["models", 0, "source"], "a/b/c", r"models\.0\.source: a directory starts with \./"),
@@ -63,11 +119,80 @@ def set_at(content, path, value):
             {"gpus": 1},
             r"models\.0\.resources\.gpus: unknown field; allowed here are num_cp",
         ),
-        (["variants", 0, "method"], "lork", r"variants\.0\.method: method 'lork' is not known; known are lorc"),
+        (["variants", 0, "method"], "lork", r"variants\.0\.method: method 'lork' is not known; known are eigen"),
+        (["variants", 0, "method"], {"preset": "lorc"}, "a method that is no preset needs a name"),
+        (
+            ["variants", 0, "method"],
+            {"name": "x", "keys": {"statistics": "weights"}},
+            "give a preset, or keys and valu",
+        ),
+        (
+            ["variants", 0, "method"],
+            {"name": "x", "blocks": "head"},
+            "unknown field blocks; a method allows preset, na",
+        ),
+        (["variants", 0, "method"], ["lorc"], "a method is a name, or a mapping with preset, name, keys, values"),
+        (
+            ["variants", 0, "method"],
+            {"name": "x", "preset": "lorc", "keys": {"blok": "head"}},
+            "unknown axis 'blok'; axes are statistics, reader, block, space, gqa, mean",
+        ),
+        (
+            ["variants", 0, "method"],
+            {"name": "x", "preset": "lorc", "keys": {"block": "heads"}},
+            r"block 'heads' is not known; known are joint, head, group\(HEADS\), frequency",
+        ),
+        (
+            ["variants", 0, "method"],
+            {"name": "x", "preset": "lorc", "values": {"reader": "all"}},
+            "reader 'all' is not known; known are none, stacked, interaction",
+        ),
+        (
+            ["variants", 0, "method"],
+            {"name": "x", "preset": "lorc", "values": {"space": "post_rope"}},
+            "values are not rotated: their space is pre_rope",
+        ),
+        (
+            ["variants", 0, "method"],
+            {"name": "x", "preset": "lorc", "keys": {"block": "frequency"}},
+            "block frequency needs space post_rope",
+        ),
+        (
+            ["variants", 0, "method"],
+            {"name": "x", "preset": "phasor_freq", "training": {"num_steps": 3}},
+            "trained projections need real blocks",
+        ),
+        (
+            ["variants", 0, "method"],
+            {"name": "x", "preset": "lorc", "per_layer": {"a": "lorc_q"}},
+            "per_layer: 'a' is no layer",
+        ),
+        (["variants", 0, "method"], "kq_joint", "kq_joint measures on text, but there is no calibration"),
+        (["variants", 0, "schedule"], "fisher", "schedule fisher measures on text, but there is no calibration"),
+        (
+            ["variants", 0, "budget"],
+            {"memory_gib": 1, "batch_size": 1, "context_tokens": 1},
+            "give kept_fraction or budget, one of them",
+        ),
+        (
+            ["calibration"],
+            {"texts": [{"name": "c", "source": "text.jsonl"}]},
+            "calibration.texts: c is also evaluated, as stdlib; give each its part",
+        ),
+        (
+            ["calibration"],
+            {"texts": [{"name": "c", "source": "text.jsonl", "part": [0.5, 0.5]}]},
+            "part must go from a share of the text to a larger one",
+        ),
+        (
+            ["calibration"],
+            {"texts": [{"name": "c", "source": "text.jsonl"}], "num_windows": 2, "shards": 3},
+            "shards is 3, of 2 num_windows",
+        ),
         (
             ["variants", 0, "schedule"],
             "unifrom",
-            r"schedule 'unifrom' is not known; known are energy, progressive, uniform",
+            r"schedule 'unifrom' is not known; known are energy, error_budget, fisher, progressive, sensitivity, uniform",
         ),
         (
             ["variants", 0, "schedule"],
@@ -91,10 +216,10 @@ def set_at(content, path, value):
             [0.5, 1.2],
             r"kept_fraction\.1: input should be less than or equal to 1, go",
         ),
-        (["variants", 0, "kept_fraction"], [], r"variants\.0\.kept_fraction: .*at least 1 item"),
+        (["variants", 0, "kept_fraction"], [], r"variants\.0: give kept_fraction or budget, one of them"),
         (
             ["variants", 0],
-            {"schedule": "progressive", "kept_fraction": 0.75},
+            {"method": "lorc", "schedule": "progressive", "kept_fraction": 0.75},
             "two are called lorc-progressive-0.75; give one",
         ),
         (
@@ -116,7 +241,9 @@ def test_a_wrong_field_is_named_with_what_is_allowed(content, load, tmp_path, pa
 
 
 def test_two_variants_of_one_label_need_a_name(content, load):
-    content["variants"].append({"schedule": {"name": "uniform", "rank_multiple": 8}, "kept_fraction": 0.9})
+    content["variants"].append(
+        {"method": "lorc", "schedule": {"name": "uniform", "rank_multiple": 8}, "kept_fraction": 0.9}
+    )
     with pytest.raises(ConfigError, match=r"two are called lorc-uniform-0\.9; give one of them a name"):
         load(content)
     content["variants"][-1]["name"] = "lorc-by-8"

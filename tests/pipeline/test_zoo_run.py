@@ -50,7 +50,7 @@ def test_variants_equal_those_compressed_without_the_pipeline(finished):
     zoo_file, _, run = finished
     steps = run.models[0].variants[1]
     from_pipeline = lorc_core.load_variant(run.store.path(steps.variant))
-    directly = lorc_core.compress(zoo_file.parent / "small-llama", kept_fraction=0.1, schedule="uniform")
+    directly = lorc_core.compress(zoo_file.parent / "small-llama", "lorc", kept_fraction=0.1, schedule="uniform")
     assert from_pipeline.base == directly.base
     assert from_pipeline.ranks == directly.ranks
     for one, other in zip(from_pipeline.factors, directly.factors, strict=True):
@@ -90,7 +90,10 @@ def test_tables_open_in_one_query(finished):
     losses = ds.dataset(workdir / "tables" / "window_losses").to_table().to_pandas()
     assert losses.groupby(["model", "variant"]).size().eq(8).all()
     ranks = ds.dataset(workdir / "tables" / "ranks").to_table().to_pandas()
-    assert ranks[ranks.variant == "lorc-uniform-0.1"]["rank"].isin([13, 6]).all()
+    assert ranks[ranks.variant == "lorc-uniform-0.1"].floats.isin([13, 6]).all()
+    errors = ds.dataset(workdir / "tables" / "errors").to_table().to_pandas()
+    assert (errors[errors.variant == "lorc-uniform-0.1"].bound > 0).all()
+    assert errors.error.isna().all()  # nothing was calibrated
     outcomes = ds.dataset(workdir / "tables" / "outcomes").to_table().to_pandas()
     assert outcomes.status.eq("ran").all()
 
