@@ -6,6 +6,7 @@ them.
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +23,74 @@ PAGE = REPOSITORY / "docs" / "quality.md"
 KEPT_FRACTIONS = (0.75, 0.6, 0.5, 0.4)
 LEVELS = ("weights", "states", "read")  # of the energy schedule, for the methods that know their readers
 WINDOWS = {"window_tokens": 256, "seed": 0}
-CALIBRATION = {**WINDOWS, "num_windows": 128, "probe_windows": 8, "batch_size": 8}
-EVALUATION = {**WINDOWS, "num_windows": 32, "batch_size": 16}
+CALIBRATION = {**WINDOWS, "num_windows": 128, "batch_size": 8}
+EVALUATION = {**WINDOWS, "batch_size": 16}
 EXCHANGE_ROUNDS = 1
 
-STORIES = {"source": "data/tinystories_validation.txt", "separator": "<|endoftext|>"}
-STDLIB = {"source": "data/stdlib_heldout_tokens.npy"}
+
+@dataclass(frozen=True)
+class Sample:
+    """Models of one text, evaluated on so many windows; schedules that measure use so many calibration windows."""
+
+    name: str
+    text: dict[str, Any]
+    models: tuple[str, ...]
+    num_kv_heads: int
+    num_windows: int
+    probe_windows: int
+    trains: bool
+
+
 SAMPLES = (
-    ("tinystories", STORIES, ("stories260K", "babyllama-tok361", "TinyStories-656K-np")),
-    ("stdlib-d64", STDLIB, ("stdlib-llama-d64",)),
+    Sample(
+        "tinystories",
+        {"source": "data/tinystories_validation.txt", "separator": "<|endoftext|>"},
+        ("stories260K", "babyllama-tok361", "TinyStories-656K-np"),
+        num_kv_heads=4,
+        num_windows=32,
+        probe_windows=8,
+        trains=True,
+    ),
+    Sample(
+        "stdlib-d64",
+        {"source": "data/stdlib_heldout_tokens.npy"},
+        ("stdlib-llama-d64",),
+        num_kv_heads=2,
+        num_windows=16,
+        probe_windows=4,
+        trains=False,
+    ),
 )
 
 
-def quality_zoo(name: str, text: dict[str, Any], models: Sequence[str], num_kv_heads: int) -> Zoo:
+def quality_zoo(sample: Sample) -> Zoo:
     """Every preset that such models can have, with every schedule and budget; the text's first quarter calibrates."""
-    source = {**text, "name": "text", "source": str(SHARED / text["source"])}
+    source = {**sample.text, "name": "text", "source": str(SHARED / sample.text["source"])}
     content = {
-        "name": f"quality-{name}",
+        "name": f"quality-{sample.name}",
         "models": [
             {"name": one, "source": str(SHARED / "models" / one), "dtype": "float32", "document_marks": "begin"}
-            for one in models
+            for one in sample.models
         ],
-        "variants": [entry for method in METHODS for entry in entries(method, num_kv_heads)],
-        "calibration": {**CALIBRATION, "texts": [{**source, "part": [0, 0.25]}]},
-        "evaluation": {**EVALUATION, "texts": [{**source, "part": [0.25, 1]}]},
+        "variants": [entry for method in METHODS for entry in entries(method, sample)],
+        "calibration": {
+            **CALIBRATION,
+            "probe_windows": sample.probe_windows,
+            "texts": [{**source, "part": [0, 0.25]}],
+        },
+        "evaluation": {
+            **EVALUATION,
+            "num_windows": sample.num_windows,
+            "texts": [{**source, "part": [0.25, 1]}],
+        },
         "gates": {"max_perplexity_rise": 0.05},
     }
     return Zoo.model_validate(content, context={"folder": REPOSITORY})
 
 
-def entries(method: str, num_kv_heads: int) -> list[dict[str, Any]]:
-    """A preset with every schedule; none where its groups do not divide the kv heads."""
-    if method == "palu" and num_kv_heads % 4:
+def entries(method: str, sample: Sample) -> list[dict[str, Any]]:
+    """A preset with every schedule; none where its groups do not divide the kv heads, or it would be trained."""
+    if (method == "palu" and sample.num_kv_heads % 4) or (METHODS[method].training and not sample.trains):
         return []
     found = []
     for schedule in SCHEDULES:
@@ -74,18 +111,15 @@ def entries(method: str, num_kv_heads: int) -> list[dict[str, Any]]:
     return found
 
 
-def quality_page(runs: Sequence[ZooRun]) -> str:
+def quality_page(runs: Sequence[tuple[Sample, ZooRun]]) -> str:
     """Markdown: what was measured on what, and a table of rises for each model."""
-    lines = [HEAD.format(**EVALUATION, calibration_windows=CALIBRATION["num_windows"], **rounds())]
-    for run in runs:
+    lines = [HEAD.format(**CALIBRATION, rounds=EXCHANGE_ROUNDS)]
+    for sample, run in runs:
         for model in run.models:
             rows = [row for row in results(run) if row.model == model.model.entry.name]
-            lines += [f"## {model.model.entry.name}", "", *model_table(rows), ""]
+            text = TEXT.format(**asdict(sample) | {"name": sample.text["source"]})
+            lines += [f"## {model.model.entry.name}", "", text, "", *model_table(rows), ""]
     return "\n".join(lines)
-
-
-def rounds() -> dict[str, int]:
-    return {"rounds": EXCHANGE_ROUNDS, "probe_windows": CALIBRATION["probe_windows"]}
 
 
 def model_table(rows: Sequence[Result]) -> list[str]:
@@ -123,33 +157,31 @@ HEAD = """# What each method costs, at equal bytes
 Rise of the loss over the uncompressed model in nats per token, with its paired standard error, at 0.75, 0.6, 0.5 and
 0.4 of all cached floats, scored through the cache. Written by `python -m jobs.quality`.
 
-Calibration takes {calibration_windows} windows of {window_tokens} tokens from the first quarter of the text, evaluation
-{num_windows} windows from the rest, both drawn with seed {seed}. TinyStories are separated by each tokenizer's begin
-mark, as the models were trained. `sensitivity` measures on the first {probe_windows} calibration windows, with
-{rounds} round of exchanges; `matryoshka` is trained once, from `kq_joint`, for all budgets. The least rise of each
-budget is in bold.
-"out of reach": the schedule cannot go so low, or so exactly, on this model.
+The first quarter of each text calibrates, with {num_windows} windows of {window_tokens} tokens; the rest is evaluated;
+windows are drawn with seed {seed}. TinyStories are separated by each tokenizer's begin mark, as the models were
+trained. `sensitivity` has {rounds} round of exchanges; `matryoshka` is trained once, from `kq_joint`, for all budgets.
+The least rise of each budget is in bold. "out of reach": the schedule cannot go so low on this model.
 """
+
+TEXT = "`{name}`: {num_windows} windows are evaluated; schedules that measure use {probe_windows} calibration windows."
 
 
 def main(workdir: Path = Path("lorc-work/quality")) -> None:
     """Run both zoos and write the page."""
     screen = console()
     runs = []
-    for name, text, models in SAMPLES:
+    for sample in SAMPLES:
         progress = StepProgress(screen)
-        zoo = quality_zoo(name, text, models, num_kv_heads=2 if name == "stdlib-d64" else 4)
         with progress.bars:
-            runs.append(
-                run_zoo(
-                    zoo,
-                    workdir,
-                    until="evaluate",
-                    on_plan=progress.plan,
-                    on_outcome=progress.record,
-                    on_progress=progress.advance,
-                )
+            done = run_zoo(
+                quality_zoo(sample),
+                workdir,
+                until="evaluate",
+                on_plan=progress.plan,
+                on_outcome=progress.record,
+                on_progress=progress.advance,
             )
+        runs.append((sample, done))
     PAGE.write_text(quality_page(runs))
     screen.print(f"wrote {PAGE}")
 

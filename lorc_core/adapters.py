@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -59,7 +60,7 @@ class Adapters:
 
 
 @contextmanager
-def injected_adapters(model: PreTrainedModel, architecture: Architecture, rank: int) -> Iterator[Adapters]:
+def injected_adapters(model: PreTrainedModel, architecture: Architecture, rank: int, seed: int) -> Iterator[Adapters]:
     """LoRA layers in a model while the block runs; the model's own modules come back.
 
     Raises:
@@ -76,11 +77,16 @@ def injected_adapters(model: PreTrainedModel, architecture: Architecture, rank: 
     base, paths = model.base_model, adapted_modules(architecture)
     own = {path: base.get_submodule(path) for path in paths.values()}
     try:
-        LoraModel(base, LoraConfig(r=rank, lora_alpha=rank, target_modules=list(own)), ADAPTER)
-        yield Adapters({name: base.get_submodule(path) for name, path in paths.items()})
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # peft draws the first factors from the global generator
+            LoraModel(base, LoraConfig(r=rank, lora_alpha=rank, target_modules=list(own)), ADAPTER)
+        adapters = Adapters({name: base.get_submodule(path) for name, path in paths.items()})
+        adapters.modules().float()  # Adam's steps are lost in half precision
+        yield adapters
     finally:
         for path, module in own.items():
             base.set_submodule(path, module)
+        vars(base).pop("peft_config", None)
 
 
 def hook_adapters(model: PreTrainedModel, architecture: Architecture, tensors: AdapterTensors) -> list[RemovableHandle]:

@@ -92,8 +92,7 @@ def check_enough_tokens(method: Method, architecture: Architecture, num_tokens: 
             if axes.statistics == "calibration" and num_tokens < width:
                 raise ConfigError(
                     f"method {method.name}: {num_tokens} calibration tokens cannot fill a block of {width} {kind}; "
-                    f"at least {width} are needed, ten times that is sensible (or allow_rank_deficient, which drops "
-                    "what the text never used)"
+                    f"at least {width} are needed, ten times that is sensible"
                 )
 
 

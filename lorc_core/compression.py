@@ -139,6 +139,7 @@ def compress(
         fingerprint = source.fingerprint(architecture.tensor_names())
         base = BaseModel(source=str(directory), revision=None, fingerprint=fingerprint)
     chosen_method.check(architecture)
+    chosen_method.check_schedule(chosen)
     measuring = None
     if chosen_method.needs_calibration or chosen.probe is not None:
         if calibration is None:

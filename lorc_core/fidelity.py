@@ -55,9 +55,11 @@ def projection_errors(
     rest = identity - exact.rebuild(exact.project_down(identity)).T
     bound = None
     if not factors.rotated:
-        bound = torch.linalg.matrix_norm(rest @ source.read(architecture.weight_name(*place)).double(), ord=2).item()
+        lost_weight = rest @ source.read(architecture.weight_name(*place)).double()
+        bound = torch.linalg.eigvalsh(lost_weight @ lost_weight.T)[-1].clamp(min=0).sqrt().item()
         if calibrated is not None:
-            bound *= (calibrated.moments["inputs"].about(None).item()) ** 0.5
+            bound *= calibrated.moments["inputs"].about(None).item() ** 0.5
+        bound += lost_constant(source, architecture, place, exact, rest)
     if calibrated is None:
         return ProjectionErrors(bound, None, None, None)
     prefix = "rotated_" if factors.rotated else ""
@@ -74,6 +76,19 @@ def projection_errors(
         read_error=torch.trace(readers @ lost).clamp(min=0).sqrt().item(),
         least_read_error=least_read_error(factors, states, readers),
     )
+
+
+def lost_constant(
+    source: WeightSource,
+    architecture: Architecture,
+    place: tuple[int, Kind],
+    factors: Factors,
+    rest: Float[Tensor, "n n"],
+) -> float:
+    """Length of (I - P) (b - m): what is lost of the bias where another constant is kept, a LayerNorm's included."""
+    name = architecture.bias_name(*place)
+    bias = source.read(name).double() if name else torch.zeros(architecture.kv_width, dtype=torch.float64)
+    return (rest @ (bias if factors.mean is None else bias - factors.mean)).norm().item()
 
 
 def least_read_error(factors: Factors, states: Float[Tensor, "n n"], readers: Float[Tensor, "n n"]) -> float | None:

@@ -27,7 +27,7 @@ def loss_at_ranks(
     model: PreTrainedModel,
     architecture: Architecture,
     layers: Sequence[LayerDecomposition],
-    batches: Sequence[Int[Tensor, "b t"]],
+    batches: Sequence[Int[Tensor, "_ _"]],
     ranks: RankSchedule,
 ) -> float:
     """The loss of a model compressed to these ranks, in nats per token."""
@@ -51,7 +51,7 @@ class Measuring:
         self, model_or_dir: PreTrainedModel | Path | str, calibration: Int[Tensor, "s t"] | Path | str
     ) -> None:
         if isinstance(model_or_dir, PreTrainedModel):
-            self.model = model_or_dir
+            self.model = model_or_dir.eval()
         else:
             self.model = AutoModelForCausalLM.from_pretrained(model_or_dir).eval()
         self.architecture = architecture_of(self.model.config)

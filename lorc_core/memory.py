@@ -18,7 +18,10 @@ def cache_bytes(cache: Cache) -> int:
     Raises:
         UnsupportedModelError: A layer keeps its states in another form (quantized, linear attention).
     """
-    total = 0
+    lora_rank = method.training.lora_rank if method.training else 0
+    heads_width = architecture.num_heads * architecture.head_dim
+    widths = 4 * architecture.hidden_size + 2 * heads_width + 2 * architecture.kv_width  # in and out of q, k, v and o
+    total = lora_rank * widths * architecture.num_layers
     for layer_idx, layer in enumerate(cache.layers):
         if type(layer).__name__.endswith("QuantizedLayer") or not isinstance(layer, DynamicLayer | StaticLayer):
             raise UnsupportedModelError(
@@ -44,7 +47,10 @@ def planned_factor_floats(schedule: RankSchedule, method: Method, architecture: 
 
     `up`, a `down` unless it is the transpose of `up`, and a mean where there is one; a full rank has no factors.
     """
-    total = 0
+    lora_rank = method.training.lora_rank if method.training else 0
+    heads_width = architecture.num_heads * architecture.head_dim
+    widths = 4 * architecture.hidden_size + 2 * heads_width + 2 * architecture.kv_width  # in and out of q, k, v and o
+    total = lora_rank * widths * architecture.num_layers
     for layer_idx, layer in enumerate(schedule.layers):
         for kind in KINDS:
             if layer.floats(kind) < schedule.kv_width:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from lorc_core.architecture import KINDS, Architecture, Kind
-from lorc_core.blocks import Partition, check_block, partition_of
+from lorc_core.blocks import BLOCKS, Partition, check_block, partition_of
 from lorc_core.errors import ConfigError
 from lorc_core.schedule import (
     Energy,
@@ -108,6 +108,8 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
         for name in ("num_steps", "batch_size", "eval_every", "patience"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -154,6 +156,13 @@ class Method:
     def axes(self, layer_idx: int, kind: Kind) -> Axes:
         method = self.at(layer_idx)
         return method.keys if kind == "keys" else method.values
+
+    def check_schedule(self, schedule: Schedule) -> None:
+        """Raise ConfigError where a schedule would measure another model than the variant's."""
+        if schedule.probe is not None and self.training is not None and self.training.lora_rank:
+            raise ConfigError(
+                f"schedule {schedule.name} measures without the adapters of lora_rank; use one that measures nothing"
+            )
 
     @property
     def needs_calibration(self) -> bool:
@@ -286,4 +295,6 @@ def changed_axes(axes: Axes, changes: Mapping[str, Any]) -> Axes:
     if unknown := sorted(set(changes) - set(allowed)):
         raise ConfigError(f"unknown axis {unknown[0]!r}; axes are {', '.join(allowed)}")
     check_choices(changes)
+    if not isinstance(changes.get("block", ""), str):
+        raise ConfigError(f"block {changes['block']!r} is not known; known are {BLOCKS}")
     return replace(axes, **changes)

@@ -18,6 +18,8 @@ from lorc_core.checkpoint import WeightSource
 from lorc_core.errors import ConfigError
 from lorc_core.methods import Axes, Gqa
 
+WIDE_GRAM = 512  # narrower products gain nothing from being split
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -45,7 +47,7 @@ class SecondMoment:
     @classmethod
     def of(cls, tokens: Float[Tensor, "*batch t i"]) -> "SecondMoment":
         exact = tokens.double()
-        return cls(exact.mT @ exact, exact.sum(dim=-2), tokens.shape[-2])
+        return cls(gram(exact), exact.sum(dim=-2), tokens.shape[-2])
 
     def __add__(self, other: "SecondMoment") -> "SecondMoment":
         return SecondMoment(self.total + other.total, self.sum + other.sum, self.num_tokens + other.num_tokens)
@@ -61,6 +63,17 @@ class SecondMoment:
             return raw
         cross = torch.outer(self.mean, centre)
         return raw - cross - cross.T + torch.outer(centre, centre)
+
+
+def gram(tokens: Float[Tensor, "*batch t i"]) -> Float[Tensor, "*batch i i"]:
+    """x^T x, computing the blocks below the diagonal once: five eighths of the work where it is wide."""
+    width = tokens.shape[-1]
+    if width < WIDE_GRAM:
+        return tokens.mT @ tokens
+    left, right = tokens[..., : width // 2], tokens[..., width // 2 :]
+    corner = left.mT @ right
+    upper = torch.cat([gram(left), corner], dim=-1)
+    return torch.cat([upper, torch.cat([corner.mT, gram(right)], dim=-1)], dim=-2)
 
 
 @dataclass(frozen=True)
@@ -113,10 +126,11 @@ def measure(
     keys: Float[Tensor, "g t d"], queries: Float[Tensor, "g m t d"], prefix: Literal["", "rotated_"]
 ) -> dict[str, SecondMoment]:
     """The moments of keys and queries in one space; M queries read each kv head."""
+    stacked = SecondMoment.of(queries.flatten(1, 2))
     return {
         f"{prefix}keys": SecondMoment.of(keys.transpose(0, 1).flatten(1)),
-        f"{prefix}queries": SecondMoment.of(queries.flatten(1, 2)),
-        f"{prefix}summed": SecondMoment.of(queries.sum(dim=1)),
+        f"{prefix}queries": stacked,
+        f"{prefix}summed": stacked if queries.shape[1] == 1 else SecondMoment.of(queries.sum(dim=1)),
     }
 
 
@@ -236,10 +250,10 @@ def position_average(moment: Float[Tensor, "n n"], architecture: Architecture) -
     exp(i p (theta_j -+ theta_k)), a geometric sum.
     """
     heads, half = architecture.num_kv_heads, architecture.head_dim // 2
-    channels = torch.arange(architecture.kv_width).view(heads, 2, half)
+    channels = torch.arange(architecture.kv_width, device=moment.device).view(heads, 2, half)
     a, b = channels[:, 0].flatten(), channels[:, 1].flatten()
     aa, ab, ba, bb = (moment[rows][:, columns] for rows in (a, b) for columns in (a, b))
-    theta = torch.tensor(architecture.rotary_frequencies, dtype=torch.float64).repeat(heads)
+    theta = torch.tensor(architecture.rotary_frequencies, dtype=torch.float64, device=moment.device).repeat(heads)
     hermitian = torch.complex(aa + bb, ba - ab) * mean_phase(theta[:, None] - theta, architecture.max_tokens)
     plain = torch.complex(aa - bb, ba + ab) * mean_phase(theta[:, None] + theta, architecture.max_tokens)
     averaged = torch.empty_like(moment)

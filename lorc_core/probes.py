@@ -1,7 +1,8 @@
 """What schedules measure on calibration text beside spectra: Fisher information, output errors, curves of the loss."""
 
 import itertools
-from bisect import bisect_right
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from lorc_core.errors import NumericsError
 from lorc_core.projection import Factors, LayerDecomposition, layer_spectrum
 from lorc_core.runtime import Attachment, LayerFactors, Observed, project_states, rotate
 from lorc_core.schedule import climbed_ranks, shares
-from lorc_core.spectra import CurvePoint, ErrorLevel, LayerSpectrum, RankSchedule, Staircase
+from lorc_core.spectra import CurvePoint, ErrorLevel, KindSpectrum, LayerRanks, RankSchedule, Staircase
 
 CURVE_FRACTIONS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 NUM_ERROR_LEVELS = 24
@@ -84,8 +85,10 @@ def next_token_loss(model: PreTrainedModel, batch: Int[Tensor, "b t"]) -> Tensor
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, batches: Batches) -> float:
-    """Mean loss over batches of sequences of one length, in nats per token."""
+    """Mean loss over batches of sequences of one length, in nats per token; NumericsError if it is not finite."""
     total = sum(next_token_loss(model, batch).item() * len(batch) for batch in batches)
+    if not math.isfinite(total):
+        raise NumericsError("the loss on the calibration text is NaN or infinite")
     return total / sum(len(batch) for batch in batches)
 
 
@@ -106,9 +109,7 @@ def attention_errors(
     Source: Eigen Attention, arXiv 2408.05646, section 4
     """
     architecture = architecture_of(model.config)
-    observers = [
-        ErrorObserver(model, architecture, layer_idx, error_levels(layer)) for layer_idx, layer in enumerate(layers)
-    ]
+    observers = [ErrorObserver(model, architecture, layer_idx, layer) for layer_idx, layer in enumerate(layers)]
     untouched: list[LayerFactors] = [dict.fromkeys(KINDS)] * len(layers)
     with Attachment(model, architecture, untouched, observers).start():
         for batch in batches:
@@ -116,58 +117,56 @@ def attention_errors(
     return tuple(observer.levels() for observer in observers)
 
 
-def error_levels(layer: LayerDecomposition) -> list[LayerFactors]:
-    """The factors of each level, the fullest first."""
+def error_levels(layer: LayerDecomposition) -> list[LayerRanks]:
+    """The ranks of each level, the fullest first."""
     spectrum = layer_spectrum(layer)
-    levels: dict[tuple[tuple[int, ...], ...], LayerFactors] = {}
-    for step in range(NUM_ERROR_LEVELS):
-        threshold = 1 - step / NUM_ERROR_LEVELS
-        ranks = [ranks_at_threshold(spectrum, kind, threshold) for kind in KINDS]
-        levels[tuple(ranks)] = {kind: layer[kind].factors(rank) for kind, rank in zip(KINDS, ranks, strict=True)}
-    return list(levels.values())
+    keys, values = (ranks_at_thresholds(spectrum.of(kind)) for kind in KINDS)
+    return list(dict.fromkeys(LayerRanks(*ranks) for ranks in zip(keys, values, strict=True)))
 
 
-def ranks_at_threshold(spectrum: LayerSpectrum, kind: Kind, threshold: float) -> tuple[int, ...]:
-    """Least ranks whose singular values, not their squares, add up to a threshold of all."""
-    found = spectrum.of(kind)
-    roots = tuple(tuple(value**0.5 for value in block) for block in found.read)
-    stair = Staircase(found.partition, roots)
-    whole, kept = sum(map(sum, roots)), 0.0
-    for count, step in enumerate(stair.steps, start=1):
-        kept += step.gain * step.floats
-        if kept >= threshold * whole * (1 - 1e-9):
-            return stair.ranks(count)
-    return stair.ranks(len(stair.steps))
+def ranks_at_thresholds(spectrum: KindSpectrum) -> list[tuple[int, ...]]:
+    """Least ranks whose singular values, not their squares, add up to a threshold of all; thresholds fall from 1."""
+    roots = tuple(tuple(value**0.5 for value in block) for block in spectrum.read)
+    stair = Staircase(spectrum.partition, roots)
+    kept = list(itertools.accumulate(step.gain * step.floats for step in stair.steps))
+    whole = kept[-1] * (1 - 1e-9)
+    thresholds = (1 - step / NUM_ERROR_LEVELS for step in range(NUM_ERROR_LEVELS))
+    return [stair.ranks(min(bisect_left(kept, threshold * whole) + 1, len(kept))) for threshold in thresholds]
 
 
 class ErrorObserver:
     """Compares one layer's attention output with and without compression, at several levels."""
 
     def __init__(
-        self, model: PreTrainedModel, architecture: Architecture, layer_idx: int, levels: Sequence[LayerFactors]
+        self, model: PreTrainedModel, architecture: Architecture, layer_idx: int, layer: LayerDecomposition
     ) -> None:
         self.output = model.base_model.get_submodule(architecture.output_name(layer_idx).removesuffix(".weight"))
-        self.factors = levels
-        self.errors = [0.0] * len(levels)
+        self.layer_idx, self.layer = layer_idx, layer
+        self.ranks = error_levels(layer)
+        self.errors = [0.0] * len(self.ranks)
         self.energy = 0.0
 
     def __call__(self, seen: Observed) -> None:
         exact = self.output(seen.attend(seen.rotated_key, seen.value).flatten(2))
         self.energy += exact.double().square().sum().item()
-        for idx, factors in enumerate(self.factors):
+        for idx, ranks in enumerate(self.ranks):
+            factors: LayerFactors = {kind: self.layer[kind].factors(ranks.of(kind)) for kind in KINDS}
             found = self.output(seen.attend(*compressed(seen, factors)).flatten(2))
             self.errors[idx] += (found - exact).double().square().sum().item()
 
     def levels(self) -> tuple[ErrorLevel, ...]:
+        """What was measured.
+
+        Raises:
+            NumericsError: The attention output is not finite.
+        """
+        if not all(map(math.isfinite, (self.energy, *self.errors))):
+            raise NumericsError(f"layer {self.layer_idx}: the attention output holds NaN or infinity")
+        energy = self.energy or 1.0  # an output of zeros loses nothing
         return tuple(
-            ErrorLevel(floats_of(factors["keys"]), floats_of(factors["values"]), (error / self.energy) ** 0.5)
-            for factors, error in zip(self.factors, self.errors, strict=True)
+            ErrorLevel(ranks.floats("keys"), ranks.floats("values"), (error / energy) ** 0.5)
+            for ranks, error in zip(self.ranks, self.errors, strict=True)
         )
-
-
-def floats_of(factors: Factors | None) -> int:
-    assert factors is not None
-    return sum(factors.ranks)
 
 
 def compressed(seen: Observed, factors: LayerFactors) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,8 @@ from lorc_core.methods import Method, Reader, Training
 from lorc_core.probes import only_gradients_of
 from lorc_core.projection import Decomposition, LayerDecomposition, layer_spectrum
 from lorc_core.runtime import Attachment, LayerFactors
-from lorc_core.schedule import Energy, climbed_ranks
-from lorc_core.spectra import LayerSpectrum, Probes, RankSchedule
+from lorc_core.schedule import Energy, climbed_ranks, fit
+from lorc_core.spectra import Probes, RankSchedule
 
 CHECKPOINT_FILE = "training.pt"
 DRAWS = Energy(spectrum="weights")  # around whose ranks those of a step are drawn
@@ -71,7 +71,9 @@ class Trainer:
     def __init__(self, model: PreTrainedModel, layers: Sequence[LayerDecomposition], settings: Training) -> None:
         self.model, self.settings = model, settings
         self.architecture: Architecture = architecture_of(model.config)
-        self.spectra: list[LayerSpectrum] = [layer_spectrum(layer) for layer in layers]
+        spectra = [layer_spectrum(layer) for layer in layers]
+        self.stairs = DRAWS.stairs(spectra, Probes())
+        self.climb = DRAWS.climb(spectra, self.stairs, Probes())
         self.layers = [{kind: moved(found, model.device) for kind, found in layer.items()} for layer in layers]
         self.rotations: list[dict[Kind, Rotation]] = [
             {kind: Rotation(found.up.shape[0], found.up.shape[1], model.device) for kind, found in layer.items()}
@@ -98,7 +100,7 @@ class Trainer:
         heldout = text[::HELDOUT_SHARE]
         with (
             only_gradients_of(self.model, []),
-            injected_adapters(self.model, self.architecture, settings.lora_rank) as self.adapters,
+            injected_adapters(self.model, self.architecture, settings.lora_rank, settings.seed) as self.adapters,
             self.attached() as attachment,
         ):
             self.trained = nn.ModuleList([*self.rotation_modules(), *self.adapters.modules()])
@@ -141,14 +143,11 @@ class Trainer:
 
     def drawn_ranks(self, kept_fraction: float, *, jitter: bool) -> RankSchedule:
         """Ranks at a share, each layer's and kind's floats drawn around them."""
-        ranks = DRAWS.ranks(self.spectra, kept_fraction)
-        stairs = DRAWS.stairs(self.spectra, Probes())
-        steps = []
-        for idx, stair in enumerate(stairs):
-            layer, kind = ranks.layers[idx // len(KINDS)], KINDS[idx % len(KINDS)]
-            factor = JITTER ** (2 * torch.rand((), generator=self.generator).item() - 1) if jitter else 1.0
-            steps.append(stair.nearest(layer.floats(kind) * factor))
-        return climbed_ranks(stairs, steps, ranks.kv_width)
+        steps = self.climb(fit(self.climb, self.stairs, kept_fraction, DRAWS.name))
+        for idx, stair in enumerate(self.stairs if jitter else ()):
+            factor = JITTER ** (2 * torch.rand((), generator=self.generator).item() - 1)
+            steps[idx] = stair.nearest(stair.totals[steps[idx] - 1] * factor)
+        return climbed_ranks(self.stairs, steps, self.architecture.kv_width)
 
     def factors(self, ranks: RankSchedule) -> list[LayerFactors]:
         """Truncated rotated factors, through which gradients flow to the rotations."""
@@ -260,6 +259,7 @@ def rotated_decomposition(found: Decomposition, rotation: Float[Tensor, "b w w"]
     Of the interaction form, with G = Q^T S Q, the error at rank K is the sum of G_ij^2 over i, j > K; of the others the
     sum of (Q^T E Q)_ii over i > K.
     """
+    rotation = rotation.to(found.up.device)
     exact = rotation.double()
     energies = found.read_energies.double()
     if reader == "interaction":

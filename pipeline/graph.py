@@ -22,6 +22,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Float64 weight, Gram matrix, eigenvectors and workspace of one layer, over the bytes of its float64 weight and
 # of its square block; generous, since Ray only counts it.
 DECOMPOSE_COPIES = 6
+MOMENT_COPIES = 12  # float64 moments of one layer, their roots, factors and a shard more, over one square block
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class VariantSteps:
     method: str
     schedule: Step
     variant: Step
+    errors: Step
     evaluate: Step
     register: Step
 
@@ -85,10 +87,11 @@ def model_steps(zoo: Zoo, model: ResolvedModel, store: Store, tracking_uri: str)
             layers = decompose_steps(model, entry.method, calibrated, store)
             decompositions.setdefault(entry.method.name, layers)
             scheduled = schedule_steps(model, entry, budget, layers, calibrated)
-            written = variant_step(model, entry, scheduled, layers, calibrated)
+            written = variant_step(model, entry, scheduled, layers)
+            errors = errors_step(model, written, calibrated)
             evaluated = evaluate_step(zoo, model, windows, written)
             registered = register_step(zoo, model, label, (written, baseline, evaluated, windows), tracking_uri, store)
-            variants.append(VariantSteps(label, entry.method.name, scheduled, written, evaluated, registered))
+            variants.append(VariantSteps(label, entry.method.name, scheduled, written, errors, evaluated, registered))
     return ModelSteps(model, decompositions, windows, baseline, tuple(variants), tuple(refused))
 
 
@@ -102,10 +105,16 @@ def check_window(section: str, window_tokens: int, model: ResolvedModel) -> None
 def check_variant(zoo: Zoo, model: ResolvedModel, entry: VariantEntry) -> None:
     """Raise ConfigError where this model cannot be compressed so, or not with this calibration text or memory."""
     entry.method.check(model.architecture)
-    if zoo.calibration is None:
+    if zoo.calibration is None or not entry.needs_calibration:
         return
+    check_window("calibration", zoo.calibration.window_tokens, model)
     if not zoo.calibration.allow_rank_deficient:
-        check_enough_tokens(entry.method, model.architecture, zoo.calibration.num_tokens)
+        try:
+            check_enough_tokens(entry.method, model.architecture, zoo.calibration.num_tokens)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}; or set calibration.allow_rank_deficient to drop what the text never used"
+            ) from error
     if entry.schedule.probe not in ("fisher", "curves"):
         return
     declared, needed = declared_memory_bytes(zoo, model.entry), probe_memory_bytes(model, entry.schedule.probe)
@@ -134,9 +143,8 @@ def probe_memory_bytes(model: ResolvedModel, probe: str) -> int:
 def calibrated_steps(zoo: Zoo, model: ResolvedModel, store: Store) -> Calibrated | None:
     """Calibration is shared by every method and budget of a model."""
     settings = zoo.calibration
-    if settings is None or not any(entry.needs_calibration for entry in zoo.variants):
+    if settings is None or settings.window_tokens > model.architecture.max_tokens:  # `check_variant` refuses those
         return None
-    check_window("calibration", settings.window_tokens, model)
     windows = windows_steps(model, settings.texts, settings, store)
     shards = tuple(
         Step(
@@ -204,6 +212,7 @@ def decompose_step(model: ResolvedModel, method: Method, layer_idx: int, calibra
     architecture = model.architecture
     floats = architecture.kv_width * (architecture.hidden_size + architecture.kv_width)
     measures = any(axes.statistics == "calibration" for axes in (method.keys, method.values))
+    floats += MOMENT_COPIES * architecture.kv_width**2 if measures else 0
     return Step(
         name="decompose",
         model=model.entry.name,
@@ -211,9 +220,8 @@ def decompose_step(model: ResolvedModel, method: Method, layer_idx: int, calibra
             "model_fingerprint": model.base.fingerprint,
             "axes": {"keys": asdict(method.keys), "values": asdict(method.values)},
             "layer_idx": layer_idx,
-            "architecture": architecture.to_dict(),
         },
-        places={"model_dir": str(model.directory)},
+        places={"model_dir": str(model.directory), "architecture": architecture.to_dict()},
         inputs={"calibrated": calibrated.shards} if calibrated and measures else {},
         need=Need(num_cpus=1, memory_bytes=DECOMPOSE_COPIES * 8 * floats),
     )
@@ -239,6 +247,7 @@ def schedule_steps(
             "kept_fraction": None if isinstance(budget, Budget) else budget,
             "budget": byte_budget(model, entry.method, budget) if isinstance(budget, Budget) else None,
         },
+        places={"architecture": model.architecture.to_dict()},
         inputs=inputs,
     )
     if entry.schedule.probe != "curves" or not calibrated or isinstance(budget, Budget):
@@ -250,9 +259,8 @@ def schedule_steps(
             **running(model),
             **probing(calibrated),
             "schedule": asdict(entry.schedule),
-            "architecture": model.architecture.to_dict(),
         },
-        places=loading(model),
+        places=loading(model) | {"architecture": model.architecture.to_dict()},
         inputs={"windows": calibrated.windows, "layers": layers, "ranks": scheduled},
         need=need_of(model),
     )
@@ -264,7 +272,6 @@ def byte_budget(model: ResolvedModel, method: Method, budget: Budget) -> dict[st
         "tokens": budget.batch_size * budget.context_tokens,
         "element_bytes": DTYPE_BYTES[model.entry.dtype],
         "method": method.to_dict(),
-        "architecture": model.architecture.to_dict(),
     }
 
 
@@ -292,11 +299,8 @@ def variant_step(
     entry: VariantEntry,
     scheduled: Step,
     layers: tuple[Step, ...],
-    calibrated: Calibrated | None,
 ) -> Step:
     inputs: dict[str, Step | tuple[Step, ...]] = {"ranks": scheduled, "layers": layers}
-    if calibrated:
-        inputs["calibrated"] = calibrated.shards
     if entry.method.training:
         inputs["trained"] = layers[0].inputs["trained"]
     return Step(
@@ -307,10 +311,23 @@ def variant_step(
             "schedule": asdict(entry.schedule),
             "dtype": model.entry.dtype,
             "base": asdict(model.base),
-            "architecture": model.architecture.to_dict(),
         },
-        places={"model_dir": str(model.directory)},
+        places={"architecture": model.architecture.to_dict()},
         inputs=inputs,
+    )
+
+
+def errors_step(model: ResolvedModel, variant: Step, calibrated: Calibrated | None) -> Step:
+    """What the projections lose; nothing else reads it, so that scores do not depend on what was calibrated."""
+    shape = model.architecture
+    floats = shape.kv_width * (shape.hidden_size + MOMENT_COPIES * shape.kv_width)
+    return Step(
+        name="errors",
+        model=model.entry.name,
+        recipe={"model_fingerprint": model.base.fingerprint},
+        places={"model_dir": str(model.directory)},
+        inputs={"variant": variant} | ({"calibrated": calibrated.shards} if calibrated else {}),
+        need=Need(num_cpus=1, memory_bytes=8 * floats),
     )
 
 

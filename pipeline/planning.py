@@ -19,7 +19,10 @@ from pipeline.zoo_run import wanted_steps
 
 @dataclass(frozen=True)
 class PlannedCache:
-    """Memory of one model's cache at the zoo file's serving load, in bytes; `factors` stay loaded beside the base."""
+    """Memory of one model's cache at the zoo file's serving load, in bytes; `factors` stay loaded beside the base.
+
+    Of a variant with a budget in bytes, cache and factors together at its own load, at most.
+    """
 
     variant: str
     cache_bytes: int
@@ -70,6 +73,10 @@ def planned_caches(zoo: Zoo, entry: ModelEntry, architecture: Architecture) -> t
                 continue
             cached = round(tokens * bytes_per_token(full, element_bytes) * kept_fraction)
             planned.append(PlannedCache(variant_label(variant, kept_fraction), cached, floats * element_bytes))
+        if variant.budget is not None:
+            load = variant.budget.batch_size * variant.budget.context_tokens
+            most = min(variant.budget.memory_bytes, load * bytes_per_token(full, element_bytes))
+            planned.append(PlannedCache(f"{variant_label(variant, variant.budget)} (its load)", most, 0))
     return tuple(planned)
 
 

@@ -136,7 +136,7 @@ def drive(batches: Sequence[Batch], outcomes: dict[str, Outcome], record: Record
             start(batch, running, outcomes, record, store)
         assert ready or running, "a step needs one that is neither done nor to be run"
         if running and not ready:
-            receive(running, outcomes, record)
+            receive(running, outcomes, record, store)
 
 
 def start(
@@ -200,7 +200,7 @@ def submit(steps: Sequence[Step], need: Need, store: Store) -> Any:
     return remote_calls.options(**options).remote(calls, store, max(1, math.floor(need.num_cpus)))
 
 
-def receive(running: dict[Any, list[Step]], outcomes: dict[str, Outcome], record: Record) -> None:
+def receive(running: dict[Any, list[Step]], outcomes: dict[str, Outcome], record: Record, store: Store) -> None:
     """Wait for the next outcome of any running task and record it; drop tasks that have ended."""
     ready, _ = ray.wait(list(running), num_returns=1)
     stream: Any
@@ -209,7 +209,12 @@ def receive(running: dict[Any, list[Step]], outcomes: dict[str, Outcome], record
             found: Any = ray.get(next(stream))
             record(found)
         except StopIteration:
-            del running[stream]
+            # A retried task's stream starts where the lost one's was read to, so its outcomes may be past the end.
+            for step in running.pop(stream):
+                if step.key not in outcomes:
+                    error = None if store.is_done(step) else "its worker was lost and the retry told nothing of it"
+                    status = "ran" if error is None else "failed"
+                    record(Outcome(step.key, step.name, step.model, status, error, 0.0))
         except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
             lost = [step for step in running.pop(stream) if step.key not in outcomes]
             reason = f"its worker was lost {LOST_WORKER_RETRIES + 1} times: {str(error).splitlines()[0]}"

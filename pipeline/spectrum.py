@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorc_core.architecture import KINDS, Kind
-from lorc_core.bounds import k_svd_gaps, least_read_errors
+from lorc_core.bounds import k_svd_gaps
 from lorc_core.checkpoint import Checkpoint
 from lorc_core.errors import ConfigError
 from lorc_core.methods import METHODS, Axes
@@ -77,7 +77,7 @@ def model_spectra(
         on_progress: Called whenever a long step tells how far it has come.
 
     Returns:
-        One for each model whose steps all finished, and the failed outcomes.
+        One for each model, of the steps that finished, and the failed outcomes.
 
     Raises:
         ConfigError: The work directory is not writable.
@@ -88,11 +88,7 @@ def model_spectra(
     wanted = [one.schedule for model in models for one in model.variants]
     wanted += [step for probes in compared for step in probes.values()]
     outcomes = [*failed, *run_wanted(zoo, store, wanted, on_plan, on_outcome, on_progress)]
-    found = []
-    for model, probes in zip(models, compared, strict=True):
-        needed = [*(one.schedule for one in model.variants), *probes.values()]
-        if all(store.is_done(step) for step in needed):
-            found.append(model_spectrum(zoo, model, probes, store))
+    found = [model_spectrum(zoo, model, probes, store) for model, probes in zip(models, compared, strict=True)]
     return found, [outcome for outcome in outcomes if outcome.status == "failed"]
 
 
@@ -116,10 +112,12 @@ def model_spectrum(zoo: Zoo, model: ModelSteps, probes: dict[str, Step], store: 
     budgets = [budget for entry in zoo.variants for budget in entry.kept_fraction]
     kept_fraction = budgets[0] if budgets else 0.5
     gaps = layer_gaps(zoo, model, kept_fraction, store)
-    ranks = {one.label: load_ranks(store.path(one.schedule)) for one in model.variants}
+    ranks = {one.label: load_ranks(store.path(one.schedule)) for one in model.variants if store.is_done(one.schedule)}
     rows = []
     for method, steps in model.decompose.items():
-        labels = [one.label for one in model.variants if one.method == method]
+        if not all(store.is_done(step) for step in steps):
+            continue
+        labels = [one.label for one in model.variants if one.method == method and one.label in ranks]
         for idx, spectrum in enumerate(load_spectra([store.path(step) for step in steps])):
             for kind in KINDS:
                 found = spectrum.of(kind)
@@ -158,7 +156,7 @@ def effective_rank(energies: Energies) -> float:
 def layer_gaps(zoo: Zoo, model: ModelSteps, kept_fraction: float, store: Store) -> dict[tuple[int, Kind], float]:
     """KQ-SVD's gap as a share of what is read, for joint keys before the rotation and for values."""
     calibrated = calibrated_steps(zoo, model.model, store)
-    if calibrated is None:
+    if calibrated is None or not all(store.is_done(step) for step in calibrated.shards):
         return {}
     shape, source = model.model.architecture, Checkpoint(model.model.directory)
     shards, axes = [store.path(step) for step in calibrated.shards], Axes("calibration", "interaction")
@@ -168,7 +166,7 @@ def layer_gaps(zoo: Zoo, model: ModelSteps, kept_fraction: float, store: Store) 
         for kind in KINDS:
             moments = moments_of(source, shape, layer_idx, kind, axes, measured)
             gap = k_svd_gaps(moments.states, moments.readers)[rank]
-            found[layer_idx, kind] = (gap / least_read_errors(moments.states, moments.readers)[0]).item()
+            found[layer_idx, kind] = (gap / torch.sum(moments.readers * moments.states)).item()
     return found
 
 
@@ -176,7 +174,7 @@ def layer_choices(
     model: ModelSteps, probes: dict[str, Step], kept_fraction: float, store: Store
 ) -> tuple[LayerChoice, ...]:
     """Every preset's attention error in every layer at one share of that layer's floats."""
-    levels = {name: load_probes(store.path(step)) for name, step in probes.items()}
+    levels = {name: load_probes(store.path(step)) for name, step in probes.items() if store.is_done(step)}
     floats = kept_fraction * len(KINDS) * model.model.architecture.kv_width
     choices = []
     for layer_idx in range(model.model.architecture.num_layers if levels else 0):

@@ -37,7 +37,7 @@ from lorc_core.runtime import attach, check_base
 from lorc_core.schedule import Probe, Sensitivity, fit_bytes, schedule_from_dict
 from lorc_core.spectra import Energies, KindSpectrum, LayerSpectrum, Probes, RankSchedule
 from lorc_core.training import Trainer, rotated_decomposition
-from lorc_core.variant import MANIFEST_FILE, BaseModel, Variant, load_variant, write_manifest
+from lorc_core.variant import MANIFEST_FILE, BaseModel, Variant, load_variant
 from pipeline.evaluation import DTYPES, loaded_model, window_losses
 from pipeline.gates import fell, losses_of, paired_rise, standard_error
 from pipeline.steps import Call, Milestone, Outcome, Store
@@ -76,8 +76,8 @@ def calibrate(
 
 def load_moments(calibrated: Sequence[Path], layer_idx: int) -> LayerMoments | None:
     """One layer's moments over all shards; None without any."""
-    shards = [LayerMoments.of_tensors(load_file(path / f"layer-{layer_idx}.safetensors")) for path in calibrated]
-    return reduce(operator.add, shards) if shards else None
+    shards = (LayerMoments.of_tensors(load_file(path / f"layer-{layer_idx}.safetensors")) for path in calibrated)
+    return reduce(operator.add, shards) if calibrated else None
 
 
 def decompose(
@@ -122,7 +122,6 @@ def train(
     save_file(tensors, output / ROTATIONS_FILE)
     save_file(state.adapters, output / ADAPTERS_FILE)
     write_table(output, "training", rows)
-    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def rotate(output: Path, *, layer_idx: int, readers: dict[Kind, Reader], layer: Path, trained: Path) -> None:
@@ -239,6 +238,7 @@ def schedule(
     schedule: dict[str, Any],
     kept_fraction: float | None,
     budget: dict[str, Any] | None,
+    architecture: dict[str, Any],
     layers: Sequence[Path],
     probes: Path | None = None,
 ) -> None:
@@ -248,7 +248,7 @@ def schedule(
         ranks = chosen.ranks(spectra, kept_fraction, load_probes(probes))
     else:
         assert budget is not None
-        method, shape = method_from_dict(budget["method"]), Architecture.from_dict(budget["architecture"])
+        method, shape = method_from_dict(budget["method"]), Architecture.from_dict(architecture)
 
         def needed_bytes(found: RankSchedule) -> int:
             floats = found.floats_per_token * budget["tokens"] + planned_factor_floats(found, method, shape)
@@ -314,27 +314,30 @@ def variant(
     dtype: str,
     base: dict[str, Any],
     architecture: dict[str, Any],
-    model_dir: str,
     ranks: Path,
     layers: Sequence[Path],
-    calibrated: Sequence[Path] = (),
     trained: Path | None = None,
 ) -> None:
-    """Slice every layer's factors to the scheduled ranks, write the variant and the errors of its projections."""
+    """Slice every layer's factors to the scheduled ranks and write the variant."""
     chosen, shape = load_ranks(ranks), Architecture.from_dict(architecture)
     factors = tuple(slice_layer(load_layer(path), idx, chosen, DTYPES[dtype]) for idx, path in enumerate(layers))
-    source, rows = Checkpoint(Path(model_dir)), []
-    for layer_idx, layer in enumerate(factors):
-        moments = load_moments(calibrated, layer_idx)
-        for kind, found in layer.items():
-            errors = projection_errors(source, shape, (layer_idx, kind), found, moments)
-            rows.append({"layer": layer_idx, "kind": kind, **asdict(errors)})
     made_by = method_from_dict(method)
     found_adapters = load_file(trained / ADAPTERS_FILE) if trained else {}
     adapters = {name: tensor.to(DTYPES[dtype]) for name, tensor in found_adapters.items()}
     Variant(BaseModel(**base), shape, made_by, schedule, chosen, factors, adapters).save(output)
+
+
+def errors(
+    output: Path, *, model_fingerprint: str, model_dir: str, variant: Path, calibrated: Sequence[Path] = ()
+) -> None:
+    """What a variant's projections lose, layer by layer: at most, on the calibration text, and at the least."""
+    found, source, rows = load_variant(variant), Checkpoint(Path(model_dir)), []
+    for layer_idx, layer in enumerate(found.factors):
+        moments = load_moments(calibrated, layer_idx)
+        for kind, factors in layer.items():
+            lost = projection_errors(source, found.architecture, (layer_idx, kind), factors, moments)
+            rows.append({"layer": layer_idx, "kind": kind, **asdict(lost)})
     write_table(output, "errors", rows)
-    write_manifest(output)
 
 
 def windows(
@@ -463,6 +466,7 @@ TASKS: dict[str, Callable[..., Iterator[tuple[int, int]] | None]] = {
         schedule,
         search,
         variant,
+        errors,
         windows,
         evaluate,
         register,
@@ -511,4 +515,6 @@ def run_call(call: Call, store: Store, shared: dict[str, Any]) -> Iterator[Outco
         error = str(found)
     except torch.OutOfMemoryError as found:
         error = f"out of device memory; lower the batch_size or give more GPUs ({found})"
+    if error is None and "checkpoint_dir" in call.kwargs:
+        shutil.rmtree(call.kwargs["checkpoint_dir"], ignore_errors=True)
     yield Outcome(call.key, call.name, call.model, "failed" if error else "ran", error, time.perf_counter() - started)

@@ -66,7 +66,7 @@ def text_tokens(
         ids = np.load(text.file, allow_pickle=False).ravel()
     except (OSError, ValueError) as error:
         raise ConfigError(f"text {text.name}: cannot be read from {text.file}: {one_line(error)}") from error
-    if ids.dtype.kind not in "iu" or (len(ids) and ids.max() >= len(tokenizer)):
+    if ids.dtype.kind not in "iu" or (len(ids) and not 0 <= ids.min() <= ids.max() < len(tokenizer)):
         raise ConfigError(f"text {text.name}: {text.file} must hold token ids below {len(tokenizer)} of this tokenizer")
     return part_of(ids.astype(np.int64), text.part)
 
@@ -137,7 +137,8 @@ def pin_windows(
     if available < num_windows:
         raise ConfigError(
             f"text {name}: {len(stream)} tokens give {available} windows of {window_tokens}, {num_windows} are asked; "
-            "lower num_windows or window_tokens, or give a longer text"
+            "lower num_windows or window_tokens, or give a longer text (a .txt is one document, of which `part` takes "
+            "all or nothing, unless it has a separator)"
         )
     windows = stream[: available * window_tokens].reshape(available, window_tokens)
     return windows[np.sort(np.random.default_rng(seed).permutation(available)[:num_windows])]

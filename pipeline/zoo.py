@@ -4,7 +4,7 @@ Validated here once and trusted everywhere else; every error names the file, the
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +24,7 @@ from pydantic import (
 
 from lorc_core.architecture import KINDS
 from lorc_core.errors import ConfigError
-from lorc_core.methods import Axes, Method, Training, changed_axes, known_method
+from lorc_core.methods import METHODS, Axes, Method, Training, changed_axes, known_method
 from lorc_core.schedule import SCHEDULES, Schedule, known_schedule
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -158,6 +158,7 @@ class VariantEntry(Strict):
     def some_budget(self) -> "VariantEntry":
         if bool(self.kept_fraction) == (self.budget is not None):
             raise ValueError("give kept_fraction or budget, one of them")
+        self.method.check_schedule(self.schedule)
         return self
 
     @property
@@ -183,35 +184,67 @@ def method_of(written: Any) -> Method:
         return written
     if isinstance(written, str):
         return known_method(written)
-    if not isinstance(written, Mapping):
-        raise ValueError(f"a method is a name, or a mapping with {', '.join(METHOD_FIELDS)}")
-    if unknown := sorted(set(written) - set(METHOD_FIELDS)):
-        raise ValueError(f"unknown field {unknown[0]}; a method allows {', '.join(METHOD_FIELDS)}")
-    name = written.get("name")
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError("a method that is no preset needs a name of letters, digits, '.', '_' and '-'")
-    axes = {kind: written.get(kind) or {} for kind in KINDS}
-    if "preset" in written:
-        base = replace(known_method(written["preset"]), name=name)
-        keys, values = (changed_axes(base.axes(-1, kind), axes[kind]) for kind in KINDS)
-        base = replace(base, keys=keys, values=values)
-    elif all("statistics" in axes[kind] for kind in KINDS):
-        keys, values = (changed_axes(Axes("weights"), axes[kind]) for kind in KINDS)
-        base = Method(name, keys, values, known_schedule("uniform"), source="the zoo file")
+    fields_of(written, "a method is a name, or a mapping", METHOD_FIELDS)
+    name, preset = written.get("name"), written.get("preset")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in METHODS:
+        raise ValueError("a method that is no preset needs a name of its own, of letters, digits, '.', '_' and '-'")
+    keys, values = (
+        fields_of(written.get(kind, {}), f"{kind} is a mapping", [one.name for one in fields(Axes)]) for kind in KINDS
+    )
+    if isinstance(preset, str):
+        base = replace(known_method(preset), name=name)
+    elif preset is None and "statistics" in keys and "statistics" in values:
+        base = Method(name, Axes("weights"), Axes("weights"), known_schedule("uniform"), source="the zoo file")
     else:
-        raise ValueError("give a preset, or keys and values with their statistics each")
-    layers = written.get("per_layer") or {}
-    layers = {idx: method_of(one) for at, one in layers.items() for idx in layer_range(at)}
-    training = TypeAdapter(Training).validate_python(written["training"]) if written.get("training") else base.training
-    return replace(base, layers=layers, training=training)
+        raise ValueError("give a preset's name, or keys and values with their statistics each")
+    return replace(
+        base,
+        keys=changed_axes(base.keys, keys),
+        values=changed_axes(base.values, values),
+        layers=methods_by_layer(written.get("per_layer", {})),
+        training=training_of(written["training"]) if "training" in written else base.training,
+    )
 
 
-def layer_range(written: Any) -> range:
-    """The layers of `3` or `"0-2"`."""
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(written))
-    if not match:
-        raise ValueError(f"per_layer: {written!r} is no layer (3) and no range of layers (0-2)")
-    return range(int(match[1]), int(match[2] or match[1]) + 1)
+def fields_of(written: Any, expected: str, allowed: Sequence[str]) -> Mapping[str, Any]:
+    """`written`, if it is a mapping with none but the allowed fields."""
+    if not isinstance(written, Mapping):
+        raise ValueError(f"{expected} with {', '.join(allowed)}; got {written!r}")
+    if unknown := sorted(map(str, set(written) - set(allowed))):
+        raise ValueError(f"unknown field {unknown[0]!r}; {expected} with {', '.join(allowed)}")
+    return written
+
+
+def training_of(written: Any) -> Training:
+    """Settings of training; pydantic checks their types but lets unknown fields of a dataclass pass."""
+    fields_of(written, "training is a mapping", [one.name for one in fields(Training)])
+    try:
+        return TypeAdapter(Training).validate_python(written)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ValueError(f"training.{where}: {problem['msg']}".replace(".: Value error,", ":")) from error
+
+
+def methods_by_layer(written: Any) -> dict[int, Method]:
+    """Methods by layer, from a mapping of `3` or `"0-2"` to methods.
+
+    Raises:
+        ValueError: A key is no layer or range, a layer is named twice, or a method has layers of its own.
+    """
+    if not isinstance(written, Mapping):
+        raise ValueError(f'per_layer is a mapping of layers (3, or "0-2") to methods; got {written!r}')
+    layers: dict[int, Method] = {}
+    for at, one in written.items():
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(at))
+        found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not found:
+            raise ValueError(f"per_layer: {at!r} is no layer (3) and no range of layers (0-2)")
+        method = method_of(one)
+        if method.layers or layers.keys() & set(found):
+            raise ValueError(f"per_layer: {at!r}: a layer has one method, which has no layers of its own")
+        layers |= dict.fromkeys(found, method)
+    return layers
 
 
 class TextEntry(Strict):
@@ -390,6 +423,10 @@ class Zoo(Strict):
         ):
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{field}: the name {twice[0]!r} is used twice")
+        methods: dict[str, Method] = {}
+        for variant in self.variants:
+            if methods.setdefault(variant.method.name, variant.method) != variant.method:
+                raise ValueError(f"variants: two methods are called {variant.method.name!r}")
         labels = [variant_label(variant, budget) for variant in self.variants for budget in variant.budgets]
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"variants: two are called {twice[0]}; give one of them a name")

@@ -49,10 +49,14 @@ def plan_steps(zoo: Zoo, store: Store) -> tuple[list[ModelSteps], list[Outcome]]
 def wanted_steps(models: Sequence[ModelSteps], until: Until) -> list[Step]:
     """The last steps asked for, model after model; what they need follows from their inputs."""
     if until == "compress":
-        return [variant.variant for model in models for variant in model.variants]
+        return [step for model in models for variant in model.variants for step in (variant.variant, variant.errors)]
     if until == "evaluate":
-        return [step for model in models for step in (model.baseline, *(one.evaluate for one in model.variants))]
-    return [variant.register for model in models for variant in model.variants]
+        return [
+            step
+            for model in models
+            for step in (model.baseline, *(step for one in model.variants for step in (one.errors, one.evaluate)))
+        ]
+    return [step for model in models for variant in model.variants for step in (variant.errors, variant.register)]
 
 
 def run_zoo(
@@ -157,7 +161,7 @@ def write_tables(run: ZooRun) -> None:
                 for label, step in steps
             ]
         collect(table(name), name, [(labels, run.store.path(step)) for labels, step in parts if done(step)])
-    for name, step_of in (("ranks", attrgetter("schedule")), ("errors", attrgetter("variant"))):
+    for name, step_of in (("ranks", attrgetter("schedule")), ("errors", attrgetter("errors"))):
         labelled = [
             ({"model": model.model.entry.name, "variant": one.label}, run.store.path(step_of(one)))
             for model in run.models

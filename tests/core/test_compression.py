@@ -79,7 +79,7 @@ def test_a_nan_in_an_activation_names_the_layer():
 def test_a_text_file_calibrates_as_its_token_ids_do(tmp_path):
     directory = DEMO / "stdlib-llama"
     text = tmp_path / "text.py"
-    text.write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(300)))
+    text.write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(150)))
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(directory)(text.read_text())["input_ids"]
@@ -177,6 +177,6 @@ def test_axes_that_do_not_go_together_are_refused(axes, message):
 
 def test_values_are_never_rotated():
     with pytest.raises(ConfigError, match="values are not rotated"):
-        Method("bad", METHODS["lorc"].keys, METHODS["k_svd"].keys, "uniform", "")
+        Method("bad", METHODS["lorc"].keys, METHODS["k_svd"].keys, METHODS["lorc"].schedule, "")
     with pytest.raises(ConfigError, match="method 'kqsvd' is not known; known are "):
         known_method("kqsvd")

@@ -76,7 +76,7 @@ def measured(draw, layers):
     skip=st.booleans(),
     data=st.data(),
 )
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 def test_measured_schedules_meet_the_target_in_every_block_or_say_what_they_reach(
     blocks, schedule, kept, multiple, skip, data
 ):
@@ -236,7 +236,7 @@ def test_an_exchange_measures_each_layer_and_kind_twice_a_round_and_no_more_than
     per_float=st.integers(1, 1000),
     data=st.data(),
 )
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=6)
 def test_fit_bytes_is_the_largest_member_of_the_schedule_within_the_budget(pairs, schedule, share, per_float, data):
     layers = block_spectra(pairs, data)
     full = 2 * WIDTH * len(layers)

@@ -234,7 +234,7 @@ def test_energy_gives_a_weight_of_zeros_the_least():
     skip=st.booleans(),
     data=st.data(),
 )
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 def test_every_schedule_meets_the_target_in_every_block_or_says_what_it_reaches(
     blocks, schedule, kept, multiple, skip, data
 ):

@@ -125,6 +125,7 @@ def test_compress_trains_where_the_method_says_so():
 
 
 def test_adapters_are_trained_kept_and_applied_and_leave_the_model_as_it_was(tmp_path):
+    pytest.importorskip("peft", reason="adapters are trained through peft, an extra")
     model = tiny_model("qwen2")
     ids = text(model, rows=4)
     before = model(input_ids=ids).logits

@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from jobs import bench_calibrate
 from jobs.bench_svd import accuracy_table, relative_error, weight_of_condition
 from jobs.cli import main
+from lorc_core.methods import METHODS
 from lorc_core.variant import write_manifest
 from pipeline.registry import VARIANT_PATH, connect, find_version
 from tests.conftest import REPOSITORY, write_zoo
+from tests.pipeline.test_calibrated_run import write
 
 
 @pytest.fixture
@@ -227,3 +230,59 @@ def test_registered_details_are_the_zoos(registry):
     details = json.loads(run.data.tags["lorc.details"])
     assert details["gates"]["max_perplexity_rise"] == 0.1
     assert details["settings"] == {"batch_size": 4, "dtype": "float32"}
+
+
+def test_methods_lists_every_preset_with_its_source(lorc):
+    code, out, _ = lorc("methods")
+    assert code == 0
+    for name, method in METHODS.items():
+        assert f"  {name} " in out
+        assert method.source.split(",")[0].split(":")[0] in out
+    assert "group(4)" in out
+    assert "phasor_freq" in out
+
+
+def test_spectrum_shows_ranks_gaps_and_the_best_preset_of_each_layer(ray_cluster, lorc, tmp_path):
+    entries = [
+        {"method": "lorc", "schedule": "uniform", "kept_fraction": 0.5},
+        {"method": "kq_joint", "kept_fraction": 0.5},
+    ]
+    code, out, err = lorc("spectrum", write(tmp_path, *entries), "--workdir", tmp_path / "work")
+    assert (code, err) == (0, "")
+    for text in (
+        "rotary, lorc: 64 floats",
+        "plain, kq_joint: 64 floats",
+        "log10 cond.",
+        "lorc-uniform-0.5",
+        "gap at 0.5",
+    ):
+        assert text in out
+    rows = ranking(out, "rotary")
+    assert len(rows) == 3
+    # before the rotation and over all heads nothing loses less than kq_joint, or its like with other keys
+    assert all(row.split()[1] in ("kq_joint", "phasor_freq") for row in rows)
+
+
+def ranking(out, model):
+    """The lines of a model's last table."""
+    after = out.split(f"{model}: relative error of the attention output", 1)[1]
+    return [line for line in after.splitlines() if line.strip()[:1].isdigit()][:3]
+
+
+def test_spectrum_without_calibration_shows_what_weights_say(ray_cluster, lorc, tmp_path):
+    zoo_file = write_zoo(tmp_path, kept="0.5")
+    code, out, _ = lorc("spectrum", zoo_file, "--workdir", tmp_path / "work")
+    assert code == 0
+    assert "small-llama, lorc: 128 floats" in out
+    assert "gap" not in out
+
+
+def test_bench_calibrate_prints_ratios(lorc, monkeypatch):
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    monkeypatch.setattr(bench_calibrate, "SHAPE", small | {"num_attention_heads": 4, "num_key_value_heads": 2})
+    monkeypatch.setattr(bench_calibrate, "SEQUENCE_TOKENS", 64)
+    monkeypatch.setattr(bench_calibrate, "peak_in_new_process", bench_calibrate.peak_bytes)
+    code, out, _ = lorc("bench", "calibrate")
+    assert code == 0
+    assert "times, float32" in out
+    assert "1,024" in out

@@ -120,22 +120,22 @@ def set_at(content, path, value):
             r"models\.0\.resources\.gpus: unknown field; allowed here are num_cp",
         ),
         (["variants", 0, "method"], "lork", r"variants\.0\.method: method 'lork' is not known; known are eigen"),
-        (["variants", 0, "method"], {"preset": "lorc"}, "a method that is no preset needs a name"),
+        (["variants", 0, "method"], {"preset": "lorc"}, "a method that is no preset needs a name of its own"),
         (
             ["variants", 0, "method"],
             {"name": "x", "keys": {"statistics": "weights"}},
-            "give a preset, or keys and valu",
+            "give a preset's name, or keys and valu",
         ),
         (
             ["variants", 0, "method"],
             {"name": "x", "blocks": "head"},
-            "unknown field blocks; a method allows preset, na",
+            "unknown field 'blocks'; a method is a name, or a mapping with preset, na",
         ),
         (["variants", 0, "method"], ["lorc"], "a method is a name, or a mapping with preset, name, keys, values"),
         (
             ["variants", 0, "method"],
             {"name": "x", "preset": "lorc", "keys": {"blok": "head"}},
-            "unknown axis 'blok'; axes are statistics, reader, block, space, gqa, mean",
+            "unknown field 'blok'; keys is a mapping with statistics, reader, block, space, gqa, mean",
         ),
         (
             ["variants", 0, "method"],
@@ -166,6 +166,36 @@ def set_at(content, path, value):
             ["variants", 0, "method"],
             {"name": "x", "preset": "lorc", "per_layer": {"a": "lorc_q"}},
             "per_layer: 'a' is no layer",
+        ),
+        (["variants", 0, "method"], {"name": "x", "preset": ["lorc"]}, "give a preset's name"),
+        (["variants", 0, "method"], {"name": "lorc", "preset": "lorc_q"}, "a method that is no preset needs a name"),
+        (["variants", 0, "method"], {"name": "x", "preset": "lorc", "keys": "head"}, "keys is a mapping with"),
+        (["variants", 0, "method"], {"name": "x", "preset": "lorc", "keys": {"block": 3}}, "block 3 is not known"),
+        (["variants", 0, "method"], {"name": "x", "preset": "lorc", "per_layer": ["lorc"]}, "per_layer is a mapping"),
+        (["variants", 0, "method"], {"name": "x", "preset": "lorc", "per_layer": {"3-1": "lorc"}}, "'3-1' is no layer"),
+        (
+            ["variants", 0, "method"],
+            {"name": "x", "preset": "lorc", "per_layer": {"0-1": "lorc", "1": "lorc_q"}},
+            "a layer has one method",
+        ),
+        (
+            ["variants", 0, "method"],
+            {"name": "x", "preset": "lorc", "training": {"num_step": 3}},
+            "unknown field 'num_step'; training is a mapping with num_steps",
+        ),
+        (
+            ["variants", 0, "method"],
+            {"name": "x", "preset": "lorc", "training": {"learning_rate": -1}},
+            "learning_rate must be positive, got -1",
+        ),
+        (
+            ["variants", 0],
+            {
+                "method": {"name": "x", "preset": "lorc", "training": {"lora_rank": 2}},
+                "schedule": "fisher",
+                "kept_fraction": 0.5,
+            },
+            "schedule fisher measures without the adapters of lora_rank",
         ),
         (["variants", 0, "method"], "kq_joint", "kq_joint measures on text, but there is no calibration"),
         (["variants", 0, "schedule"], "fisher", "schedule fisher measures on text, but there is no calibration"),
@@ -248,6 +278,13 @@ def test_two_variants_of_one_label_need_a_name(content, load):
         load(content)
     content["variants"][-1]["name"] = "lorc-by-8"
     assert variant_label(load(content).variants[-1], 0.9) == "lorc-by-8-0.9"
+
+
+def test_two_methods_of_one_name_are_refused(content, load):
+    for entry, reader in zip(content["variants"], ("none", "stacked"), strict=True):
+        entry["method"] = {"name": "mine", "preset": "lorc", "values": {"reader": reader}}
+    with pytest.raises(ConfigError, match="variants: two methods are called 'mine'"):
+        load(content)
 
 
 def test_a_wrong_entry_of_a_list_is_not_reported_as_a_short_list(content, load):
