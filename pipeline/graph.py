@@ -112,9 +112,8 @@ def check_variant(zoo: Zoo, model: ResolvedModel, entry: VariantEntry) -> None:
         try:
             check_enough_tokens(entry.method, model.architecture, zoo.calibration.num_tokens)
         except ConfigError as error:
-            raise ConfigError(
-                f"{error}; or set calibration.allow_rank_deficient to drop what the text never used"
-            ) from error
+            cure = "or set calibration.allow_rank_deficient to drop what the text never used"
+            raise ConfigError(f"{error}; {cure}") from error
     if entry.schedule.probe not in ("fisher", "curves"):
         return
     declared, needed = declared_memory_bytes(zoo, model.entry), probe_memory_bytes(model, entry.schedule.probe)

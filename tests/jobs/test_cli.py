@@ -49,7 +49,7 @@ def test_run_again_prints_the_table_and_runs_nothing(finished, lorc):
     zoo_file, workdir, _ = finished
     code, out, _ = lorc("run", zoo_file, "--workdir", workdir)
     assert code == 0
-    assert "0 steps ran, 36 were done before" in out
+    assert "0 steps ran, 42 were done before" in out
     for text in ("small-llama", "tiny-opt", "baseline", "lorc-uniform-0.1", "lorc-progressive-0.75", "B/token"):
         assert text in out
 
@@ -181,11 +181,11 @@ def test_plan_says_what_is_done(finished, lorc):
     zoo_file, workdir, _ = finished
     code, out, _ = lorc("plan", zoo_file, "--workdir", workdir)
     assert code == 0
-    assert "small-llama: 19 of 19 steps done" in out
+    assert "small-llama: 22 of 22 steps done" in out
     changed = zoo_file.with_name("more.yaml")
     changed.write_text(zoo_file.read_text().replace("[0.9, 0.1]", "[0.9, 0.8]"))
     assert (
-        "small-llama: 15 of 19 steps done; to do: 1 schedule, 1 variant, 1 evaluate, 1 register"
+        "small-llama: 17 of 22 steps done; to do: 1 schedule, 1 variant, 1 errors, 1 evaluate, 1 register"
         in lorc("plan", changed, "--workdir", workdir)[1]
     )
 

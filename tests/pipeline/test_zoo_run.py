@@ -40,6 +40,7 @@ def test_every_step_ran_once(finished):
         ("decompose", "ran"): 8,  # five layers and three, each shared by three variants
         ("schedule", "ran"): 6,
         ("variant", "ran"): 6,
+        ("errors", "ran"): 6,
         ("windows", "ran"): 2,
         ("evaluate", "ran"): 8,
         ("register", "ran"): 6,
