@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.screen import StepProgress, console
 from lorc_core.methods import METHODS
-from lorc_core.schedule import SCHEDULES
+from lorc_core.schedule import KEPT_FRACTION_TOLERANCE, SCHEDULES
 from pipeline.results import Result, results
 from pipeline.zoo import Zoo
 from pipeline.zoo_run import ZooRun, run_zoo
@@ -140,16 +140,18 @@ def model_table(rows: Sequence[Result]) -> list[str]:
     ]
     for label, found in rises.items():
         method, _, schedule = label.partition("-")
-        cells = [rise_cell(found.get(kept), least[kept]) for kept in budgets]
+        cells = [rise_cell(found.get(kept), least[kept], kept) for kept in budgets]
         lines.append(f"| {method} | {schedule.replace('-', ', ')} | " + " | ".join(cells) + " |")
     return lines
 
 
-def rise_cell(result: Result | None, least: float) -> str:
+def rise_cell(result: Result | None, least: float, kept: str) -> str:
     if result is None:
         return "out of reach"
     text = f"{result.loss_rise:+.4f} ± {result.loss_rise_standard_error:.4f}"
-    return f"**{text}**" if result.loss_rise == least else text
+    text = f"**{text}**" if result.loss_rise == least else text
+    off = abs(result.kept_fraction - float(kept)) > KEPT_FRACTION_TOLERANCE
+    return f"{text} (kept {result.kept_fraction:.3f})" if off else text
 
 
 HEAD = """# What each method costs, at equal bytes
@@ -160,7 +162,7 @@ Rise of the loss over the uncompressed model in nats per token, with its paired 
 The first quarter of each text calibrates, with {num_windows} windows of {window_tokens} tokens; the rest is evaluated;
 windows are drawn with seed {seed}. TinyStories are separated by each tokenizer's begin mark, as the models were
 trained. `sensitivity` has {rounds} round of exchanges; `matryoshka` is trained once, from `kq_joint`, for all budgets.
-The least rise of each budget is in bold. "out of reach": the schedule cannot go so low on this model.
+The least rise of each budget is in bold. "kept": where ranks of equal heads cannot come closer to the budget than that.
 """
 
 TEXT = "`{name}`: {num_windows} windows are evaluated; schedules that measure use {probe_windows} calibration windows."

@@ -18,10 +18,7 @@ def cache_bytes(cache: Cache) -> int:
     Raises:
         UnsupportedModelError: A layer keeps its states in another form (quantized, linear attention).
     """
-    lora_rank = method.training.lora_rank if method.training else 0
-    heads_width = architecture.num_heads * architecture.head_dim
-    widths = 4 * architecture.hidden_size + 2 * heads_width + 2 * architecture.kv_width  # in and out of q, k, v and o
-    total = lora_rank * widths * architecture.num_layers
+    total = 0
     for layer_idx, layer in enumerate(cache.layers):
         if type(layer).__name__.endswith("QuantizedLayer") or not isinstance(layer, DynamicLayer | StaticLayer):
             raise UnsupportedModelError(
