@@ -101,7 +101,7 @@ class LayerMoments:
         found: dict[str, Tensor] = {}
         for stage, moment in self.moments.items():
             parts = {"total": moment.total, "sum": moment.sum, "num_tokens": torch.tensor(moment.num_tokens)}
-            found |= {f"{stage}.{name}": part.cpu().contiguous() for name, part in parts.items()}
+            found |= {f"{stage}.{name}": part.cpu().clone() for name, part in parts.items()}  # stages may share them
         return found
 
     @classmethod
