@@ -26,27 +26,27 @@ SHAPE: dict[str, Any] = {
     "intermediate_size": 8192,
     "num_hidden_layers": 2,
     "num_attention_heads": 32,
-    "num_key_value_heads": 8,
     "vocab_size": 4096,
 }
+NUM_KV_HEADS = (8, 32)  # LLaMA-3.2-1B's, and one for every query head: the widest keys there are
 SEQUENCE_TOKENS = 1024
 REPEATS = 3
 SEQUENCE_COUNTS = (4, 8, 16)  # of the memory table
 
 
-def bench_model() -> LlamaForCausalLM:
+def bench_model(num_kv_heads: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LlamaForCausalLM(LlamaConfig(**SHAPE)).eval().to(device)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=num_kv_heads)).eval().to(device)
 
 
 def bench_sequences(count: int) -> Int[Tensor, "s t"]:
     return torch.randint(SHAPE["vocab_size"], (count, SEQUENCE_TOKENS), generator=torch.Generator().manual_seed(0))
 
 
-def seconds() -> tuple[float, float]:
+def seconds(num_kv_heads: int) -> tuple[float, float]:
     """Best seconds of a plain forward pass through all layers and of calibrating, over the same tokens."""
-    model, sequences = bench_model(), bench_sequences(4)
+    model, sequences = bench_model(num_kv_heads), bench_sequences(4)
 
     @torch.no_grad()
     def forward() -> None:
@@ -69,7 +69,7 @@ def wait() -> None:
 
 def peak_bytes(count: int) -> int:
     """Most memory that this process, or its GPU, ever held while it calibrated so many sequences."""
-    calibrate(bench_model(), batches(bench_sequences(count)))
+    calibrate(bench_model(NUM_KV_HEADS[0]), batches(bench_sequences(count)))
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -85,11 +85,13 @@ def main() -> None:
     screen = console()
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     screen.print(f"{where}, torch {torch.__version__}, {SHAPE['num_hidden_layers']} layers as wide as LLaMA-3.2-1B's")
-    with screen.status("timing"):
-        plain_s, calibrated_s = seconds()
-    screen.print(
-        f"forward {plain_s:.2f} s, calibrate {calibrated_s:.2f} s: {calibrated_s / plain_s:.2f} times, float32"
-    )
+    for num_kv_heads in NUM_KV_HEADS:
+        with screen.status("timing"):
+            plain_s, calibrated_s = seconds(num_kv_heads)
+        screen.print(
+            f"{num_kv_heads} kv heads of {SHAPE['num_attention_heads']}: forward {plain_s:.2f} s, calibrate "
+            f"{calibrated_s:.2f} s: {calibrated_s / plain_s:.2f} times, float32"
+        )
     table = Table(title="peak memory", box=SIMPLE_HEAD)
     for name in ("tokens", "peak"):
         table.add_column(name, justify="right")

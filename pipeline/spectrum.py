@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from lorc_core.architecture import KINDS, Kind
 from lorc_core.bounds import k_svd_gaps
 from lorc_core.checkpoint import Checkpoint

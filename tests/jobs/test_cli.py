@@ -279,7 +279,8 @@ def test_spectrum_without_calibration_shows_what_weights_say(ray_cluster, lorc, 
 
 def test_bench_calibrate_prints_ratios(lorc, monkeypatch):
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
-    monkeypatch.setattr(bench_calibrate, "SHAPE", small | {"num_attention_heads": 4, "num_key_value_heads": 2})
+    monkeypatch.setattr(bench_calibrate, "SHAPE", small | {"num_attention_heads": 4})
+    monkeypatch.setattr(bench_calibrate, "NUM_KV_HEADS", (2, 4))
     monkeypatch.setattr(bench_calibrate, "SEQUENCE_TOKENS", 64)
     monkeypatch.setattr(bench_calibrate, "peak_in_new_process", bench_calibrate.peak_bytes)
     code, out, _ = lorc("bench", "calibrate")
