@@ -22,7 +22,10 @@ def random_moment(size, columns, seed):
 
 
 @given(
-    block=st.sampled_from(BLOCKS), groups=st.integers(1, 3), half=st.integers(1, 4), rows=st.lists(st.integers(1, 3))
+    block=st.sampled_from(BLOCKS),
+    groups=st.integers(1, 3),
+    half=st.integers(1, 4),
+    rows=st.lists(st.integers(1, 3), max_size=2),
 )
 @settings(deadline=None)
 def test_split_takes_each_blocks_channels_and_join_is_its_inverse(block, groups, half, rows):
