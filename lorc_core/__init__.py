@@ -17,7 +17,8 @@ _MODULES = {
     "errors": ("ArtifactError", "ConfigError", "LorcError", "NumericsError", "UnsupportedModelError"),
     "memory": ("cache_bytes",),
     "methods": ("METHODS", "Method"),
-    "runtime": ("Attachment", "attach", "load"),
+    "loading": ("load",),
+    "runtime": ("Attachment", "attach"),
     "schedule": ("SCHEDULES", "Progressive", "RankSchedule", "Uniform"),
     "variant": ("Variant", "load_variant"),
 }

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorc_core.architecture import KINDS, Architecture, architecture_of
 from lorc_core.errors import ArtifactError, ConfigError, NumericsError
-from lorc_core.methods import Method
+from lorc_core.latent_attention import Observed
 from lorc_core.moments import LayerMoments, SecondMoment, measure
-from lorc_core.runtime import Attachment, Observed
+from lorc_core.runtime import Attachment
 
 BATCH_TOKENS = 4096
 MAX_WINDOW_TOKENS = 2048
@@ -83,19 +83,6 @@ def calibrate(model: PreTrainedModel, sequences: Iterable[Int[Tensor, "_ _"]]) -
     return tuple(layer for layer in found if layer is not None)
 
 
-def check_enough_tokens(method: Method, architecture: Architecture, num_tokens: int) -> None:
-    """Raise ConfigError where a moment of one of the method's blocks cannot have full rank."""
-    for layer_idx in range(architecture.num_layers):
-        for kind in KINDS:
-            axes = method.axes(layer_idx, kind)
-            width = axes.partition(architecture).width
-            if axes.statistics == "calibration" and num_tokens < width:
-                raise ConfigError(
-                    f"method {method.name}: {num_tokens} calibration tokens cannot fill a block of {width} {kind}; "
-                    f"at least {width} are needed, ten times that is sensible"
-                )
-
-
 def batches(sequences: Int[Tensor, "s t"]) -> Iterator[Int[Tensor, "_ t"]]:
     """So many sequences at a time that a batch has about 4,096 tokens."""
     yield from sequences.split(max(1, BATCH_TOKENS // sequences.shape[1]))
@@ -138,9 +125,14 @@ def text_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
 
 
-def load_tokenizer(model_dir: Path | str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_dir: Path | str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A model's own tokenizer.
+
+    Raises:
+        ArtifactError: transformers cannot load it.
+    """
     try:
-        return AutoTokenizer.from_pretrained(model_dir)
+        return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ArtifactError(f"{model_dir}: the tokenizer cannot be loaded: {reason}") from error

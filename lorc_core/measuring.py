@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorc_core.adapters import AdapterTensors
 from lorc_core.architecture import Architecture, architecture_of
-from lorc_core.calibration import batches, calibrate, calibration_sequences, check_enough_tokens
+from lorc_core.calibration import batches, calibrate, calibration_sequences
 from lorc_core.compression import slice_layer
 from lorc_core.methods import Method
 from lorc_core.moments import LayerMoments
@@ -63,7 +63,7 @@ class Measuring:
 
     def moments(self, method: Method) -> tuple[LayerMoments, ...]:
         """See `calibrate`."""
-        check_enough_tokens(method, self.architecture, self.sequences.numel())
+        method.check_enough_tokens(self.architecture, self.sequences.numel())
         return calibrate(self.model, self.batches)
 
     def trained(

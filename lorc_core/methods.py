@@ -1,11 +1,11 @@
 """The methods lorc knows: points on the axes of one formula, by name."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from lorc_core.architecture import KINDS, Architecture, Kind
-from lorc_core.blocks import BLOCKS, Partition, check_block, partition_of
+from lorc_core.blocks import Partition, check_block, partition_of
 from lorc_core.errors import ConfigError
 from lorc_core.schedule import (
     Energy,
@@ -24,13 +24,6 @@ Space = Literal["pre_rope", "post_rope"]
 Gqa = Literal["stack", "sum"]
 Mean = Literal["known", "measured"]
 CHOICES = {"statistics": Statistics, "reader": Reader, "space": Space, "gqa": Gqa, "mean": Mean}
-
-
-def check_choices(values: Mapping[str, Any]) -> None:
-    """Raise ConfigError where an axis has a value that it cannot have."""
-    for name, choice in CHOICES.items():
-        if name in values and values[name] not in get_args(choice):
-            raise ConfigError(f"{name} {values[name]!r} is not known; known are {', '.join(get_args(choice))}")
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,10 @@ class Axes:
 
     def __post_init__(self) -> None:
         check_block(self.block)
-        check_choices({name: getattr(self, name) for name in CHOICES})
+        for name, choice in CHOICES.items():
+            if getattr(self, name) not in get_args(choice):
+                allowed = ", ".join(get_args(choice))
+                raise ConfigError(f"{name} {getattr(self, name)!r} is not known; known are {allowed}")
         if self.block == "frequency" and self.space != "post_rope":
             raise ConfigError("block frequency needs space post_rope: its latents are cached rotated")
         if self.mean == "measured" and (self.statistics != "calibration" or self.space == "post_rope"):
@@ -88,7 +84,7 @@ class Training:
         num_steps: At most.
         batch_size: Sequences a step.
         learning_rate: Of Adam, falling to zero along a cosine.
-        min_kept_fraction: Ranks of a step are the schedule's at a share drawn between this and `max_kept_fraction`.
+        min_kept_fraction: Ranks of a step are those of `energy` at a share drawn between this and `max_kept_fraction`.
         max_kept_fraction: See above.
         eval_every: Steps between looks at the held-out text.
         patience: Looks without a new best after which training stops.
@@ -182,6 +178,18 @@ class Method:
                     method.axes(-1, kind).partition(architecture)
                 except ConfigError as error:
                     raise ConfigError(f"method {method.name}, {kind}: {error}") from error
+
+    def check_enough_tokens(self, architecture: Architecture, num_tokens: int) -> None:
+        """Raise ConfigError where a measured moment of one of the blocks could not have full rank."""
+        for layer_idx in range(architecture.num_layers):
+            for kind in KINDS:
+                axes = self.axes(layer_idx, kind)
+                width = axes.partition(architecture).width
+                if axes.statistics == "calibration" and num_tokens < width:
+                    raise ConfigError(
+                        f"method {self.name}: {num_tokens} calibration tokens cannot fill a block of {width} {kind}; "
+                        f"at least {width} are needed, ten times that is sensible"
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; the inverse is `method_from_dict`."""
@@ -287,14 +295,3 @@ def known_method(name: str) -> Method:
     if name not in METHODS:
         raise ConfigError(f"method {name!r} is not known; known are {', '.join(sorted(METHODS))}")
     return METHODS[name]
-
-
-def changed_axes(axes: Axes, changes: Mapping[str, Any]) -> Axes:
-    """`axes` with other fields; ConfigError names an unknown one."""
-    allowed = [one.name for one in fields(Axes)]
-    if unknown := sorted(set(changes) - set(allowed)):
-        raise ConfigError(f"unknown axis {unknown[0]!r}; axes are {', '.join(allowed)}")
-    check_choices(changes)
-    if not isinstance(changes.get("block", ""), str):
-        raise ConfigError(f"block {changes['block']!r} is not known; known are {BLOCKS}")
-    return replace(axes, **changes)

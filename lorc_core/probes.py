@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
 from lorc_core.errors import NumericsError
+from lorc_core.latent_attention import LayerFactors, Observed, project_states
 from lorc_core.projection import Factors, LayerDecomposition, layer_spectrum
-from lorc_core.runtime import Attachment, LayerFactors, Observed, project_states, rotate
+from lorc_core.rotation import rotate
+from lorc_core.runtime import Attachment
 from lorc_core.schedule import climbed_ranks, shares
 from lorc_core.spectra import CurvePoint, ErrorLevel, KindSpectrum, LayerRanks, RankSchedule, Staircase
 

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from lorc_core.architecture import KINDS
-from lorc_core.calibration import check_enough_tokens
 from lorc_core.errors import ConfigError
 from lorc_core.methods import Method
 from lorc_core.schedule import Probe
 from pipeline.models import ResolvedModel
-from pipeline.steps import Need, Step, Store
+from pipeline.steps import ModelLoad, Need, Step, Store
 from pipeline.texts import text_identity, tokenizer_identity
 from pipeline.zoo import Budget, Calibration, Evaluation, ModelEntry, TextEntry, VariantEntry, Zoo, variant_label
 
 GIB = 1024**3
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Float64 weight, Gram matrix, eigenvectors and workspace of one layer, over the bytes of its float64 weight and
 # of its square block; generous, since Ray only counts it.
 DECOMPOSE_COPIES = 6
@@ -110,7 +108,7 @@ def check_variant(zoo: Zoo, model: ResolvedModel, entry: VariantEntry) -> None:
     check_window("calibration", zoo.calibration.window_tokens, model)
     if not zoo.calibration.allow_rank_deficient:
         try:
-            check_enough_tokens(entry.method, model.architecture, zoo.calibration.num_tokens)
+            entry.method.check_enough_tokens(model.architecture, zoo.calibration.num_tokens)
         except ConfigError as error:
             cure = "or set calibration.allow_rank_deficient to drop what the text never used"
             raise ConfigError(f"{error}; {cure}") from error
@@ -134,7 +132,7 @@ def declared_memory_bytes(zoo: Zoo, entry: ModelEntry) -> int:
 
 def probe_memory_bytes(model: ResolvedModel, probe: str) -> int:
     """The weights and, for Fisher information, gradients of W_k and W_v with their sums in float32."""
-    element_bytes, shape = DTYPE_BYTES[model.entry.dtype], model.architecture
+    element_bytes, shape = model.entry.element_bytes, model.architecture
     watched = 2 * shape.num_layers * shape.kv_width * shape.hidden_size if probe == "fisher" else 0
     return model.num_parameters * element_bytes + watched * (element_bytes + 4)
 
@@ -149,8 +147,9 @@ def calibrated_steps(zoo: Zoo, model: ResolvedModel, store: Store) -> Calibrated
         Step(
             name="calibrate",
             model=model.entry.name,
-            recipe={**running(model), "batch_size": settings.batch_size, "shard": idx, "num_shards": settings.shards},
-            places=loading(model),
+            recipe={"batch_size": settings.batch_size, "shard": idx, "num_shards": settings.shards},
+            pins=running(model),
+            loads=loading(model),
             inputs={"windows": windows},
             need=need_of(model),
         )
@@ -168,8 +167,8 @@ def running(model: ResolvedModel) -> dict[str, Any]:
     }
 
 
-def loading(model: ResolvedModel) -> dict[str, Any]:
-    return {"model_dir": str(model.directory), "trust_remote_code": model.entry.trust_remote_code}
+def loading(model: ResolvedModel) -> ModelLoad:
+    return ModelLoad(model.directory, model.entry.dtype, model.entry.trust_remote_code)
 
 
 def need_of(model: ResolvedModel) -> Need:
@@ -191,11 +190,13 @@ def decompose_steps(
     trained = Step(
         name="train",
         model=model.entry.name,
-        recipe={**running(model), "training": asdict(method.training)},
+        recipe={"training": asdict(method.training)},
+        pins=running(model),
+        loads=loading(model),
         inputs={"windows": calibrated.windows, "layers": starts},
         need=need_of(model),
     )
-    trained = replace(trained, places={**loading(model), "checkpoint_dir": str(store.root / "training" / trained.key)})
+    trained = replace(trained, places={"checkpoint_dir": str(store.root / "training" / trained.key)})
     return tuple(
         Step(
             name="rotate",
@@ -215,11 +216,8 @@ def decompose_step(model: ResolvedModel, method: Method, layer_idx: int, calibra
     return Step(
         name="decompose",
         model=model.entry.name,
-        recipe={
-            "model_fingerprint": model.base.fingerprint,
-            "axes": {"keys": asdict(method.keys), "values": asdict(method.values)},
-            "layer_idx": layer_idx,
-        },
+        recipe={"axes": {"keys": asdict(method.keys), "values": asdict(method.values)}, "layer_idx": layer_idx},
+        pins={"model_fingerprint": model.base.fingerprint},
         places={"model_dir": str(model.directory), "architecture": architecture.to_dict()},
         inputs={"calibrated": calibrated.shards} if calibrated and measures else {},
         need=Need(num_cpus=1, memory_bytes=DECOMPOSE_COPIES * 8 * floats),
@@ -254,12 +252,10 @@ def schedule_steps(
     return Step(
         name="search",
         model=model.entry.name,
-        recipe={
-            **running(model),
-            **probing(calibrated),
-            "schedule": asdict(entry.schedule),
-        },
-        places=loading(model) | {"architecture": model.architecture.to_dict()},
+        recipe={**probing(calibrated), "schedule": asdict(entry.schedule)},
+        pins=running(model),
+        places={"architecture": model.architecture.to_dict()},
+        loads=loading(model),
         inputs={"windows": calibrated.windows, "layers": layers, "ranks": scheduled},
         need=need_of(model),
     )
@@ -269,7 +265,7 @@ def byte_budget(model: ResolvedModel, method: Method, budget: Budget) -> dict[st
     return {
         "memory_bytes": budget.memory_bytes,
         "tokens": budget.batch_size * budget.context_tokens,
-        "element_bytes": DTYPE_BYTES[model.entry.dtype],
+        "element_bytes": model.entry.element_bytes,
         "method": method.to_dict(),
     }
 
@@ -286,19 +282,15 @@ def probe_step(model: ResolvedModel, kind: Probe, layers: tuple[Step, ...], cali
     return Step(
         name="probe",
         model=model.entry.name,
-        recipe={**running(model), **probing(calibrated), "kind": kind},
-        places=loading(model),
+        recipe={**probing(calibrated), "kind": kind},
+        pins=running(model),
+        loads=loading(model),
         inputs=inputs,
         need=need_of(model),
     )
 
 
-def variant_step(
-    model: ResolvedModel,
-    entry: VariantEntry,
-    scheduled: Step,
-    layers: tuple[Step, ...],
-) -> Step:
+def variant_step(model: ResolvedModel, entry: VariantEntry, scheduled: Step, layers: tuple[Step, ...]) -> Step:
     inputs: dict[str, Step | tuple[Step, ...]] = {"ranks": scheduled, "layers": layers}
     if entry.method.training:
         inputs["trained"] = layers[0].inputs["trained"]
@@ -323,7 +315,7 @@ def errors_step(model: ResolvedModel, variant: Step, calibrated: Calibrated | No
     return Step(
         name="errors",
         model=model.entry.name,
-        recipe={"model_fingerprint": model.base.fingerprint},
+        recipe={},
         places={"model_dir": str(model.directory)},
         inputs={"variant": variant} | ({"calibrated": calibrated.shards} if calibrated else {}),
         need=Need(num_cpus=1, memory_bytes=8 * floats),
@@ -338,16 +330,19 @@ def windows_steps(
             name="windows",
             model=model.entry.name,
             recipe={
-                "text": text_identity(text),
-                "tokenizer": tokenizer_identity(model.directory, model.architecture.model_type),
                 "document_marks": model.entry.document_marks,
                 "window_tokens": pinning.window_tokens,
                 "num_windows": pinning.num_windows,
                 "seed": pinning.seed,
             },
+            pins={
+                "text": text_identity(text),
+                "tokenizer": tokenizer_identity(model.directory, model.architecture.model_type),
+            },
             places={
                 "entry": text.model_dump(mode="json"),
-                **loading(model),
+                "model_dir": str(model.directory),
+                "trust_remote_code": model.entry.trust_remote_code,
                 "cache_dir": str(store.root / "datasets"),
             },
         )
@@ -360,11 +355,11 @@ def evaluate_step(zoo: Zoo, model: ResolvedModel, windows: tuple[Step, ...], var
         name="evaluate",
         model=model.entry.name,
         recipe={
-            **running(model),
             "batch_size": zoo.evaluation.batch_size,
             "text_names": [text.name for text in zoo.evaluation.texts],
         },
-        places=loading(model),
+        pins=running(model),
+        loads=loading(model),
         inputs={"windows": windows} if variant is None else {"windows": windows, "variant": variant},
         need=need_of(model),
         group=f"evaluate {model.entry.name}",

@@ -62,7 +62,7 @@ def plan_model(zoo: Zoo, entry: ModelEntry, store: Store) -> ModelPlan:
 def planned_caches(zoo: Zoo, entry: ModelEntry, architecture: Architecture) -> tuple[PlannedCache, ...]:
     """The baseline's cache and each variant's, at the zoo file's batch size and context."""
     tokens = zoo.serving.batch_size * zoo.serving.context_tokens
-    element_bytes = DTYPES[entry.dtype].itemsize
+    element_bytes = entry.element_bytes
     full = full_floats_per_token(architecture)
     planned = [PlannedCache("baseline", tokens * bytes_per_token(full, element_bytes), 0)]
     for variant in zoo.variants:

@@ -17,7 +17,7 @@ from lorc_core.errors import LorcError
 from lorc_core.variant import load_variant
 from pipeline.registry import champions, connect, fetch_files, read_version
 from pipeline.runner import run_steps
-from pipeline.steps import Need, Outcome, Step, Store
+from pipeline.steps import ModelLoad, Need, Outcome, Step, Store
 from pipeline.tables import collect, read_rows
 from pipeline.zoo import Resources
 
@@ -114,6 +114,7 @@ def regress_step(client: MlflowClient, version: ModelVersion, started_at: str, d
     registered = read_version(client, version)
     variant_dir, evaluation_dir = fetch_files(client, registered, directory)
     base = load_variant(variant_dir).base
+    model_dir = model_directory(base.source, base.revision)
     details = registered.details
     resources = Resources.model_validate(details["resources"])
     return Step(
@@ -123,16 +124,11 @@ def regress_step(client: MlflowClient, version: ModelVersion, started_at: str, d
             "name": version.name,
             "version": str(version.version),
             "started_at": started_at,
-            "dtype": details["settings"]["dtype"],
             "batch_size": details["settings"]["batch_size"],
             "text_names": details["texts"],
             "tolerance": details["gates"]["regression_tolerance"],
         },
-        places={
-            "model_dir": str(model_directory(base.source, base.revision)),
-            "trust_remote_code": details["trust_remote_code"],
-            "variant_dir": str(variant_dir),
-            "evaluation_dir": str(evaluation_dir),
-        },
+        places={"model_dir": str(model_dir), "variant_dir": str(variant_dir), "evaluation_dir": str(evaluation_dir)},
+        loads=ModelLoad(model_dir, details["settings"]["dtype"], details["trust_remote_code"]),
         need=Need(resources.num_cpus, resources.num_gpus, resources.memory_bytes),
     )

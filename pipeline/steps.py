@@ -47,14 +47,25 @@ class Need:
 
 
 @dataclass(frozen=True)
+class ModelLoad:
+    """How to load a model."""
+
+    model_dir: Path
+    dtype: str
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
 class Step:
     """One unit of work.
 
     Attributes:
         name: Of the function in `pipeline.tasks` that does it.
         model: The zoo's name of the model it belongs to, for progress and outcomes.
-        recipe: Keyword arguments that decide the result, JSON values; they are the identity.
+        recipe: Keyword arguments that decide the result, JSON values; a part of the identity.
+        pins: What else decides the result, as the content of the files at `places` does; a part of the identity.
         places: Keyword arguments that say where to find things; no part of the identity.
+        loads: How to load the model that the function gets as `model`; None where it needs none.
         inputs: Steps whose artifacts are read, passed as directories under these names; a tuple as a list of them.
         need: Resources of its Ray task; None runs it in the driver.
         group: Steps of one group run in one task, after all of their inputs; evaluations share a loaded model so.
@@ -63,7 +74,9 @@ class Step:
     name: str
     model: str
     recipe: dict[str, Any]
+    pins: dict[str, Any] = field(default_factory=dict)
     places: dict[str, Any] = field(default_factory=dict)
+    loads: "ModelLoad | None" = None
     inputs: dict[str, "Step | tuple[Step, ...]"] = field(default_factory=dict)
     need: Need | None = Need()
     group: str | None = None
@@ -74,7 +87,7 @@ class Step:
             name: [step.fingerprint for step in found] if isinstance(found, tuple) else found.fingerprint
             for name, found in self.inputs.items()
         }
-        identity = [self.name, REVISIONS[self.name], self.recipe, inputs]
+        identity = [self.name, REVISIONS[self.name], self.recipe, self.pins, inputs]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
 
     @property
@@ -143,6 +156,7 @@ class Call:
     model: str
     output: Path
     kwargs: dict[str, Any]
+    loads: ModelLoad | None
 
 
 @dataclass(frozen=True)
@@ -168,7 +182,7 @@ class Milestone:
 
 
 def call_of(step: Step, store: Store) -> Call:
-    return Call(step.key, step.name, step.model, store.path(step), kwargs_of(step, store))
+    return Call(step.key, step.name, step.model, store.path(step), kwargs_of(step, store), step.loads)
 
 
 def distinct(steps: Sequence[Step]) -> list[Step]:

@@ -1,7 +1,6 @@
 """What each step does: plain functions from recipes and input directories to files in an output directory.
 
-Nothing here knows where it runs. Keyword arguments that a function ignores stand in its recipe because they
-decide the result (the content of the model behind `model_dir`, say).
+Nothing here knows where it runs.
 """
 
 import json
@@ -23,17 +22,19 @@ from transformers import PreTrainedModel
 from lorc_core.architecture import KINDS, Architecture, Kind
 from lorc_core.blocks import Partition
 from lorc_core.calibration import calibrate as core_calibrate
+from lorc_core.calibration import load_tokenizer
 from lorc_core.checkpoint import Checkpoint
 from lorc_core.compression import decompose_kind, slice_layer
 from lorc_core.errors import LorcError
 from lorc_core.fidelity import projection_errors
+from lorc_core.loading import check_base
 from lorc_core.measuring import loss_at_ranks
 from lorc_core.memory import planned_factor_floats
 from lorc_core.methods import Axes, Reader, Training, method_from_dict
 from lorc_core.moments import LayerMoments
 from lorc_core.probes import Exchange, attention_errors, fisher_information, loss_curves
 from lorc_core.projection import Decomposition, LayerDecomposition, layer_spectrum
-from lorc_core.runtime import attach, check_base
+from lorc_core.runtime import attach
 from lorc_core.schedule import Probe, Sensitivity, fit_bytes, schedule_from_dict
 from lorc_core.spectra import Energies, KindSpectrum, LayerSpectrum, Probes, RankSchedule
 from lorc_core.training import Trainer, rotated_decomposition
@@ -42,7 +43,7 @@ from pipeline.evaluation import DTYPES, loaded_model, window_losses
 from pipeline.gates import fell, losses_of, paired_rise, standard_error
 from pipeline.steps import Call, Milestone, Outcome, Store
 from pipeline.tables import read_rows, write_table
-from pipeline.texts import load_tokenizer, pin_windows, text_tokens
+from pipeline.texts import pin_windows, text_tokens
 from pipeline.zoo import DocumentMarks, TextEntry
 
 SCHEDULE_FILE = "schedule.json"
@@ -58,14 +59,9 @@ def calibrate(
     output: Path,
     *,
     model: PreTrainedModel,
-    model_fingerprint: str,
-    dtype: str,
-    versions: dict[str, str],
     batch_size: int,
     shard: int,
     num_shards: int,
-    model_dir: str,
-    trust_remote_code: bool,
     windows: Sequence[Path],
 ) -> None:
     """Second moments of every layer on one shard of the calibration windows."""
@@ -83,7 +79,6 @@ def load_moments(calibrated: Sequence[Path], layer_idx: int) -> LayerMoments | N
 def decompose(
     output: Path,
     *,
-    model_fingerprint: str,
     axes: dict[Kind, dict[str, Any]],
     layer_idx: int,
     architecture: dict[str, Any],
@@ -102,11 +97,6 @@ def train(
     *,
     model: PreTrainedModel,
     training: dict[str, Any],
-    model_fingerprint: str,
-    dtype: str,
-    versions: dict[str, str],
-    model_dir: str,
-    trust_remote_code: bool,
     checkpoint_dir: str,
     windows: Sequence[Path],
     layers: Sequence[Path],
@@ -200,13 +190,8 @@ def probe(
     *,
     model: PreTrainedModel,
     kind: Probe,
-    model_fingerprint: str,
-    dtype: str,
-    versions: dict[str, str],
     batch_size: int,
     num_windows: int,
-    model_dir: str,
-    trust_remote_code: bool,
     windows: Sequence[Path],
     layers: Sequence[Path] = (),
 ) -> None:
@@ -284,14 +269,9 @@ def search(
     *,
     model: PreTrainedModel,
     schedule: dict[str, Any],
-    model_fingerprint: str,
     architecture: dict[str, Any],
-    dtype: str,
-    versions: dict[str, str],
     batch_size: int,
     num_windows: int,
-    model_dir: str,
-    trust_remote_code: bool,
     windows: Sequence[Path],
     layers: Sequence[Path],
     ranks: Path,
@@ -327,9 +307,7 @@ def variant(
     Variant(BaseModel(**base), shape, made_by, schedule, chosen, factors, adapters).save(output)
 
 
-def errors(
-    output: Path, *, model_fingerprint: str, model_dir: str, variant: Path, calibrated: Sequence[Path] = ()
-) -> None:
+def errors(output: Path, *, model_dir: str, variant: Path, calibrated: Sequence[Path] = ()) -> None:
     """What a variant's projections lose, layer by layer: at most, on the calibration text, and at the least."""
     found, source, rows = load_variant(variant), Checkpoint(Path(model_dir)), []
     for layer_idx, layer in enumerate(found.factors):
@@ -343,8 +321,6 @@ def errors(
 def windows(
     output: Path,
     *,
-    text: dict[str, Any],
-    tokenizer: str,
     document_marks: DocumentMarks,
     window_tokens: int,
     num_windows: int,
@@ -366,13 +342,8 @@ def evaluate(
     output: Path,
     *,
     model: PreTrainedModel,
-    model_fingerprint: str,
-    dtype: str,
-    versions: dict[str, str],
     batch_size: int,
     text_names: Sequence[str],
-    model_dir: str,
-    trust_remote_code: bool,
     windows: Sequence[Path],
     variant: Path | None = None,
 ) -> None:
@@ -395,7 +366,7 @@ def evaluate(
                     "perplexity": float(np.exp(per_window.mean())),
                     "scored_tokens": pinned.shape[0] * (pinned.shape[1] - 1),
                     "bytes_per_token": bytes_per_token,
-                    "factor_bytes": factors * DTYPES[dtype].itemsize,
+                    "factor_bytes": factors * model.dtype.itemsize,
                     "eval_s": elapsed,
                 }
             )
@@ -418,9 +389,7 @@ def regress(
     name: str,
     version: str,
     started_at: str,
-    dtype: str,
     model_dir: str,
-    trust_remote_code: bool,
     variant_dir: str,
     evaluation_dir: str,
     batch_size: int,
@@ -473,7 +442,6 @@ TASKS: dict[str, Callable[..., Iterator[tuple[int, int]] | None]] = {
         regress,
     )
 }
-NEED_THE_MODEL = ("calibrate", "train", "probe", "search", "evaluate", "regress")
 
 
 def run_calls(calls: Sequence[Call], store: Store) -> Iterator[Outcome | Milestone]:
@@ -493,11 +461,10 @@ def run_calls(calls: Sequence[Call], store: Store) -> Iterator[Outcome | Milesto
 @contextmanager
 def shared_arguments(call: Call) -> Iterator[dict[str, Any]]:
     """What the calls of one group share, opened once: the model that they run."""
-    if call.name not in NEED_THE_MODEL:
+    if call.loads is None:
         yield {}
         return
-    directory, dtype = Path(call.kwargs["model_dir"]), call.kwargs["dtype"]
-    with loaded_model(directory, dtype, trust_remote_code=call.kwargs["trust_remote_code"]) as model:
+    with loaded_model(call.loads.model_dir, call.loads.dtype, trust_remote_code=call.loads.trust_remote_code) as model:
         yield {"model": model}
 
 

@@ -142,12 +142,3 @@ def pin_windows(
         )
     windows = stream[: available * window_tokens].reshape(available, window_tokens)
     return windows[np.sort(np.random.default_rng(seed).permutation(available)[:num_windows])]
-
-
-def load_tokenizer(model_dir: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{model_dir}: the tokenizer cannot be loaded: {one_line(error)}") from error

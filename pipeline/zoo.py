@@ -4,28 +4,26 @@ Validated here once and trusted everywhere else; every error names the file, the
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     InstanceOf,
-    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from lorc_core.architecture import KINDS
 from lorc_core.errors import ConfigError
-from lorc_core.methods import METHODS, Axes, Method, Training, changed_axes, known_method
-from lorc_core.schedule import SCHEDULES, Schedule, known_schedule
+from lorc_core.methods import Method
+from lorc_core.schedule import Schedule
+from pipeline.zoo_methods import method_of, schedule_of
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DocumentMarks = Literal["both", "begin", "end", "none"]
@@ -73,6 +71,11 @@ class ModelEntry(Strict):
     trust_remote_code: bool = False
     document_marks: DocumentMarks = "both"
     resources: Resources = Resources()
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one number in the model's dtype."""
+        return getattr(torch, self.dtype).itemsize
 
     @property
     def is_directory(self) -> bool:
@@ -132,22 +135,9 @@ class VariantEntry(Strict):
     @field_validator("schedule", mode="before")
     @classmethod
     def build_schedule(cls, schedule: Any, info: ValidationInfo) -> Schedule:
-        if schedule is None:
-            method = info.data.get("method")
-            return method.schedule if method else known_schedule("uniform")
-        settings = dict(schedule) if isinstance(schedule, dict) else {"name": schedule}
-        name = settings.pop("name", None)
-        if not isinstance(name, str):
-            raise ValueError(f"a schedule is a name, or a mapping with a name and fields; known are {known_names()}")
-        schedule_class = type(known_schedule(name))
-        allowed = [field.name for field in fields(schedule_class) if field.init]
-        if unknown := sorted(set(settings) - set(allowed)):
-            raise ValueError(f"unknown field {unknown[0]}; {name} allows {', '.join(allowed)}")
-        try:
-            return TypeAdapter(schedule_class).validate_python(settings)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+        if schedule is None and (method := info.data.get("method")) is not None:
+            return method.schedule
+        return schedule_of(schedule if schedule is not None else "uniform")  # the wrong method is the error to tell
 
     @field_validator("kept_fraction", mode="before")
     @classmethod
@@ -169,82 +159,6 @@ class VariantEntry(Strict):
     @property
     def needs_calibration(self) -> bool:
         return self.method.needs_calibration or self.schedule.probe is not None
-
-
-METHOD_FIELDS = ("preset", "name", *KINDS, "per_layer", "training")
-
-
-def method_of(written: Any) -> Method:
-    """A method as a zoo file writes it.
-
-    Raises:
-        ValueError: A name, field or axis is not known, or does not go with the others.
-    """
-    if isinstance(written, Method):
-        return written
-    if isinstance(written, str):
-        return known_method(written)
-    fields_of(written, "a method is a name, or a mapping", METHOD_FIELDS)
-    name, preset = written.get("name"), written.get("preset")
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in METHODS:
-        raise ValueError("a method that is no preset needs a name of its own, of letters, digits, '.', '_' and '-'")
-    keys, values = (
-        fields_of(written.get(kind, {}), f"{kind} is a mapping", [one.name for one in fields(Axes)]) for kind in KINDS
-    )
-    if isinstance(preset, str):
-        base = replace(known_method(preset), name=name)
-    elif preset is None and "statistics" in keys and "statistics" in values:
-        base = Method(name, Axes("weights"), Axes("weights"), known_schedule("uniform"), source="the zoo file")
-    else:
-        raise ValueError("give a preset's name, or keys and values with their statistics each")
-    return replace(
-        base,
-        keys=changed_axes(base.keys, keys),
-        values=changed_axes(base.values, values),
-        layers=methods_by_layer(written.get("per_layer", {})),
-        training=training_of(written["training"]) if "training" in written else base.training,
-    )
-
-
-def fields_of(written: Any, expected: str, allowed: Sequence[str]) -> Mapping[str, Any]:
-    """`written`, if it is a mapping with none but the allowed fields."""
-    if not isinstance(written, Mapping):
-        raise ValueError(f"{expected} with {', '.join(allowed)}; got {written!r}")
-    if unknown := sorted(map(str, set(written) - set(allowed))):
-        raise ValueError(f"unknown field {unknown[0]!r}; {expected} with {', '.join(allowed)}")
-    return written
-
-
-def training_of(written: Any) -> Training:
-    """Settings of training; pydantic checks their types but lets unknown fields of a dataclass pass."""
-    fields_of(written, "training is a mapping", [one.name for one in fields(Training)])
-    try:
-        return TypeAdapter(Training).validate_python(written)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise ValueError(f"training.{where}: {problem['msg']}".replace(".: Value error,", ":")) from error
-
-
-def methods_by_layer(written: Any) -> dict[int, Method]:
-    """Methods by layer, from a mapping of `3` or `"0-2"` to methods.
-
-    Raises:
-        ValueError: A key is no layer or range, a layer is named twice, or a method has layers of its own.
-    """
-    if not isinstance(written, Mapping):
-        raise ValueError(f'per_layer is a mapping of layers (3, or "0-2") to methods; got {written!r}')
-    layers: dict[int, Method] = {}
-    for at, one in written.items():
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(at))
-        found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
-        if not found:
-            raise ValueError(f"per_layer: {at!r} is no layer (3) and no range of layers (0-2)")
-        method = method_of(one)
-        if method.layers or layers.keys() & set(found):
-            raise ValueError(f"per_layer: {at!r}: a layer has one method, which has no layers of its own")
-        layers |= dict.fromkeys(found, method)
-    return layers
 
 
 class TextEntry(Strict):
@@ -451,10 +365,6 @@ def cautions(zoo: Zoo) -> list[str]:
         f"to {zoo.evaluation.window_tokens}; let calibration.window_tokens span the positions that will be used"
     )
     return [caution]
-
-
-def known_names() -> str:
-    return ", ".join(sorted(SCHEDULES))
 
 
 def zoo_folder(info: ValidationInfo) -> Path:

@@ -7,7 +7,7 @@ import torch
 
 import lorc_core
 from lorc_core.architecture import architecture_of
-from lorc_core.calibration import batches, calibrate, calibration_sequences, check_enough_tokens
+from lorc_core.calibration import batches, calibrate, calibration_sequences
 from lorc_core.compression import LoadedWeights
 from lorc_core.errors import ArtifactError, ConfigError, NumericsError
 from lorc_core.methods import METHODS, Axes
@@ -138,10 +138,10 @@ def test_no_sequences_are_refused():
     ("method", "least"), [("kq_joint", 32), ("kv_heads", 32), ("k_svd", 16), ("phasor_freq", 32), ("lorc", 0)]
 )
 def test_fewer_tokens_than_a_blocks_width_are_refused_with_the_number_needed(method, least):
-    check_enough_tokens(METHODS[method], LLAMA, least)
+    METHODS[method].check_enough_tokens(LLAMA, least)
     if least:
         with pytest.raises(ConfigError, match=f"{least - 1} calibration tokens cannot fill a block of {least}"):
-            check_enough_tokens(METHODS[method], LLAMA, least - 1)
+            METHODS[method].check_enough_tokens(LLAMA, least - 1)
 
 
 def test_batches_have_about_4096_tokens_and_lose_none():

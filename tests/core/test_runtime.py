@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import lorc_core
 from lorc_core.architecture import KINDS, architecture_of
 from lorc_core.errors import ConfigError
+from lorc_core.latent_attention import LatentCache, key_rotation
 from lorc_core.methods import METHODS
-from lorc_core.runtime import LatentCache, key_rotation
 from lorc_core.schedule import Uniform
 from lorc_core.spectra import LayerRanks, RankSchedule
 from tests.conftest import DEMO, tiny_model
@@ -165,7 +165,7 @@ def test_a_wrong_key_position_is_seen(monkeypatch):
         call.past = 0
         return key_rotation(state, call, keys, q_len)
 
-    monkeypatch.setattr("lorc_core.runtime.key_rotation", wrong)
+    monkeypatch.setattr("lorc_core.latent_attention.key_rotation", wrong)
     model = tiny_model("llama")
     with lorc_core.attach(model, lorc_core.compress(model, "lorc", schedule="uniform")):
         difference = token_by_token(model, tokens(model), 7) - one_pass(model, tokens(model), use_cache=False)
@@ -304,7 +304,7 @@ def test_a_failed_attach_leaves_the_model_as_it_was(monkeypatch):
     variant = lorc_core.compress(model)
     baseline = one_pass(model, tokens(model))
     with monkeypatch.context() as patch:
-        patch.setattr("lorc_core.runtime.Factors.to", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
+        patch.setattr("lorc_core.latent_attention.Factors.to", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
         with pytest.raises(MemoryError):
             lorc_core.attach(model, variant)
     assert torch.equal(one_pass(model, tokens(model)), baseline)

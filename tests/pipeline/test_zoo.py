@@ -124,18 +124,18 @@ def set_at(content, path, value):
         (
             ["variants", 0, "method"],
             {"name": "x", "keys": {"statistics": "weights"}},
-            "give a preset's name, or keys and valu",
+            r"values\.statistics: Field required",
         ),
         (
             ["variants", 0, "method"],
             {"name": "x", "blocks": "head"},
-            "unknown field 'blocks'; a method is a name, or a mapping with preset, na",
+            "unknown field 'blocks'; a method, if not a name, allows preset, name, keys",
         ),
-        (["variants", 0, "method"], ["lorc"], "a method is a name, or a mapping with preset, name, keys, values"),
+        (["variants", 0, "method"], ["lorc"], "a method, if not a name, is a mapping with preset, name, keys, values"),
         (
             ["variants", 0, "method"],
             {"name": "x", "preset": "lorc", "keys": {"blok": "head"}},
-            "unknown field 'blok'; keys is a mapping with statistics, reader, block, space, gqa, mean",
+            "unknown field 'blok'; keys allows statistics, reader, block, space, gqa, mean",
         ),
         (
             ["variants", 0, "method"],
@@ -145,7 +145,7 @@ def set_at(content, path, value):
         (
             ["variants", 0, "method"],
             {"name": "x", "preset": "lorc", "values": {"reader": "all"}},
-            "reader 'all' is not known; known are none, stacked, interaction",
+            r"values\.reader: Input should be 'none', 'stacked' or 'interaction'",
         ),
         (
             ["variants", 0, "method"],
@@ -167,10 +167,14 @@ def set_at(content, path, value):
             {"name": "x", "preset": "lorc", "per_layer": {"a": "lorc_q"}},
             "per_layer: 'a' is no layer",
         ),
-        (["variants", 0, "method"], {"name": "x", "preset": ["lorc"]}, "give a preset's name"),
+        (["variants", 0, "method"], {"name": "x", "preset": ["lorc"]}, "preset is the name of a method; got"),
         (["variants", 0, "method"], {"name": "lorc", "preset": "lorc_q"}, "a method that is no preset needs a name"),
         (["variants", 0, "method"], {"name": "x", "preset": "lorc", "keys": "head"}, "keys is a mapping with"),
-        (["variants", 0, "method"], {"name": "x", "preset": "lorc", "keys": {"block": 3}}, "block 3 is not known"),
+        (
+            ["variants", 0, "method"],
+            {"name": "x", "preset": "lorc", "keys": {"block": 3}},
+            r"keys\.block: Input should be a valid string",
+        ),
         (["variants", 0, "method"], {"name": "x", "preset": "lorc", "per_layer": ["lorc"]}, "per_layer is a mapping"),
         (["variants", 0, "method"], {"name": "x", "preset": "lorc", "per_layer": {"3-1": "lorc"}}, "'3-1' is no layer"),
         (
@@ -181,7 +185,7 @@ def set_at(content, path, value):
         (
             ["variants", 0, "method"],
             {"name": "x", "preset": "lorc", "training": {"num_step": 3}},
-            "unknown field 'num_step'; training is a mapping with num_steps",
+            "unknown field 'num_step'; training allows num_steps",
         ),
         (
             ["variants", 0, "method"],
@@ -227,7 +231,7 @@ def set_at(content, path, value):
         (
             ["variants", 0, "schedule"],
             {"name": "uniform", "min_rank": 3},
-            "unknown field min_rank; uniform allows rank_",
+            "unknown field 'min_rank'; uniform allows rank_",
         ),
         (
             ["variants", 0, "schedule"],

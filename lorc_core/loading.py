@@ -1,0 +1,45 @@
+"""Load a variant with the base model that it was made for."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lorc_core.checkpoint import Checkpoint, model_directory
+from lorc_core.errors import ArtifactError, ConfigError
+from lorc_core.runtime import attach
+from lorc_core.variant import Variant, load_variant
+
+
+def load(variant_dir: Path | str, *, base: Path | str | None = None, **from_pretrained_kwargs: Any) -> PreTrainedModel:
+    """Load a variant's base model and attach the variant to it, for good.
+
+    Args:
+        variant_dir: A variant's directory.
+        base: Directory of the base model now, if not where it was when the variant was made.
+        from_pretrained_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
+
+    Returns:
+        The model, in evaluation mode; its caches hold latents.
+
+    Raises:
+        ArtifactError: The variant is unfinished, altered or of another schema, or the base is another model.
+        ConfigError: The variant does not know where its base is, or it is not there, and `base` is absent.
+    """
+    variant = load_variant(variant_dir)
+    source = str(Path(base).resolve()) if base is not None else variant.base.source
+    if not source:
+        raise ConfigError(f"{variant_dir}: made from a model in memory, so name its base model with base=")
+    directory = model_directory(source, None if base is not None else variant.base.revision)
+    check_base(directory, variant)
+    model = AutoModelForCausalLM.from_pretrained(directory, **from_pretrained_kwargs)
+    attach(model, variant)
+    return model
+
+
+def check_base(directory: Path, variant: Variant) -> None:
+    """Raise ArtifactError unless the directory holds the model that the variant was made for."""
+    if variant.base.fingerprint is None:
+        return
+    if Checkpoint(directory).fingerprint(variant.architecture.tensor_names()) != variant.base.fingerprint:
+        raise ArtifactError(f"{directory}: not the base model this variant was made for ({variant.base.source})")
