@@ -14,16 +14,20 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lorc_core.architecture import Architecture
-from lorc_core.errors import ConfigError
+from lorc_core.architecture import Architecture, Projection
+from lorc_core.errors import ConfigError, UnsupportedModelError
 
 ADAPTER = "lorc"
-PROJECTIONS = ("q", "k", "v")
+PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v")
 AdapterTensors = dict[str, Tensor]
 
 
 def adapted_modules(architecture: Architecture) -> dict[str, str]:
     """Paths below `model.base_model` of the projections that LoRA adapts, W_q, W_k, W_v and W_o, by adapter name."""
+    if architecture.family.fused:
+        raise UnsupportedModelError(
+            f"lora_rank needs separate projections; {architecture.model_type} holds W_q, W_k and W_v in one tensor"
+        )
     found = {}
     for layer_idx in range(architecture.num_layers):
         for projection in PROJECTIONS:

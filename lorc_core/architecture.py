@@ -1,7 +1,7 @@
 """What lorc must know of a model, from its config alone.
 
-Shapes of the cache, whether keys are rotated, and where the key and value projections live. One row of
-`FAMILIES` per model type; nothing here reads a weight.
+Shapes of the cache, how keys are rotated, and where the projections live. One row of `FAMILIES` per model type, one
+reason for what cannot be compressed; nothing here reads a weight.
 """
 
 from collections.abc import Mapping
@@ -16,49 +16,218 @@ from lorc_core.errors import ConfigError, UnsupportedModelError
 
 Kind = Literal["keys", "values"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-NormKind = Literal["rms", "layer"]
+Projection = Literal["q", "k", "v"]
+# Of RMSNorm and LayerNorm, the kinds whose stored weight is the gain less one, and without a bias.
+NormKind = Literal["rms", "rms_plus_one", "layer", "layer_unbiased"]
+# One tensor for all three: whole W_q, W_k, W_v one after another, or for each kv head its query heads, key, value.
+Fused = Literal["stacked", "grouped"]
+# `model`: by the base model's rotary module; `layer_type`: by that, which has one basis per type of layer;
+# `inside`: by the attention module itself, with GPT-J's fixed basis.
+RotaryKind = Literal["model", "layer_type", "inside", "none"]
 
-# Rotary kinds whose angles depend on the position alone; `dynamic` and `longrope` also depend on the length.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# `dynamic` and `longrope` change their frequencies past the original length; those here are the ones within it.
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a model type keeps its attention, relative to `model.base_model`.
+    """Where a model type keeps its attention, relative to `model.base_model`, and how its modules compute.
 
-    `bias` is the config field that says whether projections have one, or the fact itself. `norm` is the module whose
-    output the projections read.
+    Attributes:
+        attention: Path of a layer's attention module.
+        norm: Path of the module whose output the projections read.
+        norm_kind: Of that norm; None where there is none.
+        projection: Name of a projection within the attention module; of the one tensor where they are fused.
+        fused: How the rows of a fused tensor stand.
+        transposed: Whether weights are stored (in, out), as by GPT-2's Conv1D.
+        output: Name of W_o within the attention module.
+        bias: Whether the projections have one: a config field, or the fact itself.
+        qk_norm: Whether queries and keys are normalised after the projection: a config field, or the fact itself.
+        rotary: What rotates queries and keys.
+        interleaved: Whether neighbouring channels rotate as pairs; else channel i goes with channel i + half.
+        partial: Whether only the first channels rotate, as `partial_rotary_factor` says.
+        rotary_layers: Config list, true for the layers that rotate; None where all do.
+        interface: Whether the module dispatches through transformers' attention interface.
+        cache_argument: The keyword under which the module gets the cache.
+        max_tokens: Config field of the longest input; the number itself where the config has none.
     """
 
-    attention: str
-    rotary: bool
-    bias: str | bool
-    norm: str
-    norm_kind: NormKind = "rms"
+    attention: str = "layers.{}.self_attn"
+    norm: str = "layers.{}.input_layernorm"
+    norm_kind: NormKind | None = "rms"
+    projection: str = "{}_proj"
+    fused: Fused | None = None
+    transposed: bool = False
     output: str = "o_proj"
+    bias: str | bool = False
+    qk_norm: str | bool = False
+    rotary: RotaryKind = "model"
+    interleaved: bool = False
+    partial: bool = False
+    rotary_layers: str | None = None
+    interface: bool = True
+    cache_argument: str = "past_key_values"
+    max_tokens: str | int = "max_position_embeddings"
 
 
 FAMILIES = {
-    "llama": Family("layers.{}.self_attn", rotary=True, bias="attention_bias", norm="layers.{}.input_layernorm"),
-    "mistral": Family("layers.{}.self_attn", rotary=True, bias=False, norm="layers.{}.input_layernorm"),
+    "bloom": Family(
+        "h.{}.self_attention",
+        "h.{}.input_layernorm",
+        "layer",
+        "query_key_value",
+        fused="grouped",
+        output="dense",
+        bias=True,
+        rotary="none",
+        interface=False,
+        cache_argument="layer_past",
+        max_tokens=2048,  # of the training; ALiBi itself has no end
+    ),
+    "cohere": Family(norm_kind="layer_unbiased", bias="attention_bias", qk_norm="use_qk_norm", interleaved=True),
+    "falcon": Family(
+        "h.{}.self_attention",
+        "h.{}.input_layernorm",
+        "layer",
+        "query_key_value",
+        fused="grouped",
+        output="dense",
+        bias="bias",
+        interface=False,
+        cache_argument="layer_past",
+    ),
+    "gemma": Family(norm_kind="rms_plus_one", bias="attention_bias"),
+    "gemma2": Family(norm_kind="rms_plus_one", bias="attention_bias"),
+    "gemma3_text": Family(norm_kind="rms_plus_one", bias="attention_bias", qk_norm=True, rotary="layer_type"),
+    "gpt2": Family(
+        "h.{}.attn",
+        "h.{}.ln_1",
+        "layer",
+        "c_attn",
+        fused="stacked",
+        transposed=True,
+        output="c_proj",
+        bias=True,
+        rotary="none",
+    ),
+    "gpt_neox": Family(
+        "layers.{}.attention",
+        norm_kind="layer",
+        projection="query_key_value",
+        fused="grouped",
+        output="dense",
+        bias="attention_bias",
+        partial=True,
+        cache_argument="layer_past",
+    ),
+    "gptj": Family(
+        "h.{}.attn",
+        "h.{}.ln_1",
+        "layer",
+        output="out_proj",
+        rotary="inside",
+        interleaved=True,
+        interface=False,
+        cache_argument="layer_past",
+    ),
+    "granite": Family(bias="attention_bias"),
+    "llama": Family(bias="attention_bias"),
+    "mistral": Family(),
+    "mixtral": Family(),
+    "mpt": Family(
+        "blocks.{}.attn",
+        "blocks.{}.norm_1",
+        "layer_unbiased",
+        "Wqkv",
+        fused="stacked",
+        output="out_proj",
+        rotary="none",
+        interface=False,
+        max_tokens="max_seq_len",
+    ),
+    "olmo2": Family(norm_kind=None, bias="attention_bias", qk_norm=True),
     "opt": Family(
         "decoder.layers.{}.self_attn",
-        rotary=False,
-        bias="enable_bias",
-        norm="decoder.layers.{}.self_attn_layer_norm",
-        norm_kind="layer",
+        "decoder.layers.{}.self_attn_layer_norm",
+        "layer",
         output="out_proj",
+        bias="enable_bias",
+        rotary="none",
     ),
-    "qwen2": Family("layers.{}.self_attn", rotary=True, bias=True, norm="layers.{}.input_layernorm"),
+    "phi": Family(norm_kind="layer", output="dense", bias=True, qk_norm="qk_layernorm", partial=True),
+    "phi3": Family(projection="qkv_proj", fused="stacked", partial=True),
+    "qwen2": Family(bias=True),
+    "qwen3": Family(bias="attention_bias", qk_norm=True),
+    "qwen3_moe": Family(bias="attention_bias", qk_norm=True),
+    "smollm3": Family(bias="attention_bias", rotary_layers="no_rope_layers"),
+    "stablelm": Family(norm_kind="layer", bias="use_qkv_bias", qk_norm="qk_layernorm", partial=True),
+    "starcoder2": Family(norm_kind="layer", bias="use_bias"),
 }
+
+MLA = "multi-head latent attention caches low-rank latents already"
+LINEAR = "layers with linear attention or a recurrent state have no keys and values to project"
+SHARED = "layers share one cache across the model, which lorc would project twice"
+SINKS = "learned attention sinks take part in the softmax, which lorc does not handle"
+ENCODER_DECODER = "encoder-decoder models cache cross-attention too; lorc compresses decoders alone"
+MULTIMODAL = "multimodal models hold their language model inside; compress that one alone"
+CROSS_ATTENTION = "cross-attention has a cache of its own, which lorc does not handle"
+BIDIRECTIONAL = "its attention is bidirectional, so there is no cache of past tokens"
+
+REASONS = {
+    MLA: "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 mistral4 "
+    "youtu",
+    LINEAR: "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe mamba mamba2 "
+    "minimax nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rwkv xlstm zamba zamba2",
+    SHARED: "gemma3n gemma3n_text gemma4 gemma4_text",
+    SINKS: "deepseek_v4 flint gpt_oss granite_swa granitemoe_swa mimo_v2_flash",
+}
+
+
+def reason_unsupported(config: PreTrainedConfig) -> str | None:
+    """Why lorc cannot compress such a model, as far as it is known; None for what is merely not in `FAMILIES`."""
+    for reason, model_types in REASONS.items():
+        if config.model_type in model_types.split():
+            return reason
+    signs = {
+        ENCODER_DECODER: getattr(config, "is_encoder_decoder", False),
+        MLA: getattr(config, "kv_lora_rank", None),
+        SHARED: getattr(config, "num_kv_shared_layers", None),
+        MULTIMODAL: getattr(config, "text_config", None) is not None,
+        CROSS_ATTENTION: getattr(config, "add_cross_attention", False),
+        BIDIRECTIONAL: getattr(config, "use_bidirectional_attention", False),
+        LINEAR: set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"},
+    }
+    return next((reason for reason, sign in signs.items() if sign), None)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How the keys of one layer, or of several, are rotated by their position.
+
+    Attributes:
+        num_channels: Of each head, the first ones; the others pass.
+        interleaved: Whether neighbouring channels rotate as pairs; else channel i goes with channel i + half.
+        layer_type: What the model's rotary module calls it; None where that knows one basis alone.
+        frequencies: Radians per position of each pair, not compared, since their last bits depend on the machine.
+        scale: What the rotated channels are multiplied by (yarn, longrope).
+    """
+
+    num_channels: int
+    interleaved: bool
+    layer_type: str | None
+    frequencies: tuple[float, ...] = field(compare=False, repr=False)
+    scale: float = field(compare=False)
 
 
 @dataclass(frozen=True)
 class Architecture:
     """The facts of one model that decide the shape and the statistics of its cache.
 
-    `rotary_frequencies` are radians per position, one per pair of channels of a head; they are not compared, since
-    their last bits depend on the machine.
+    Attributes:
+        num_cached_heads: Heads that the untouched module caches: more than `num_kv_heads` where it caches copies.
+        norm: Path of the input norm, to be filled with the layer's number.
+        rotaries: Every kind of rotation in the model.
+        rotary_of_layer: For each layer, which of them; None where its keys are not rotated.
     """
 
     model_type: str
@@ -66,56 +235,70 @@ class Architecture:
     hidden_size: int
     num_heads: int
     num_kv_heads: int
+    num_cached_heads: int
     head_dim: int
-    rotary: bool
     bias: bool
+    qk_norm: bool
     input_norm: NormKind | None
+    norm: str
     max_tokens: int
-    rotary_frequencies: tuple[float, ...] = field(default=(), compare=False)
+    rotaries: tuple[Rotary, ...]
+    rotary_of_layer: tuple[int | None, ...]
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "Architecture":
         """The inverse of `to_dict`, also after JSON, which has lists for tuples."""
-        return cls(**(dict(saved) | {"rotary_frequencies": tuple(saved["rotary_frequencies"])}))
+        rotaries = tuple(Rotary(**(one | {"frequencies": tuple(one["frequencies"])})) for one in saved["rotaries"])
+        tuples = {"rotaries": rotaries, "rotary_of_layer": tuple(saved["rotary_of_layer"])}
+        return cls(**(dict(saved) | tuples))
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
 
     @property
     def kv_width(self) -> int:
-        """Floats cached per token, layer and kind by the untouched model."""
+        """Different floats per token, layer and kind that the untouched model caches."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def rotary(self) -> bool:
+        """Whether any layer rotates its keys."""
+        return any(idx is not None for idx in self.rotary_of_layer)
+
+    def layer_rotary(self, layer_idx: int) -> Rotary | None:
+        """How a layer's keys are rotated; None where they are not."""
+        idx = self.rotary_of_layer[layer_idx]
+        return None if idx is None else self.rotaries[idx]
 
     def attention_module(self, layer_idx: int) -> str:
         """Path of a layer's attention module below `model.base_model`."""
-        return FAMILIES[self.model_type].attention.format(layer_idx)
+        return self.family.attention.format(layer_idx)
 
-    def weight_name(self, layer_idx: int, kind: Kind) -> str:
-        """Name of the (kv_width, hidden_size) projection weight, below `model.base_model`."""
-        return self.projection_name(layer_idx, kind[0], "weight")
-
-    def bias_name(self, layer_idx: int, kind: Kind) -> str | None:
-        """Name of the (kv_width,) bias, or None where the projection has none."""
-        return self.projection_name(layer_idx, kind[0], "bias") if self.bias else None
-
-    def projection_name(self, layer_idx: int, projection: str, part: str) -> str:
-        """Name of the weight or bias of the projection "q", "k" or "v"."""
-        return f"{self.attention_module(layer_idx)}.{projection}_proj.{part}"
+    def projection_name(self, layer_idx: int, projection: Projection, part: Literal["weight", "bias"]) -> str:
+        """Name below `model.base_model` of the tensor that holds W_q, W_k or W_v, or its bias, maybe among others."""
+        return f"{self.attention_module(layer_idx)}.{self.family.projection.format(projection)}.{part}"
 
     def output_name(self, layer_idx: int) -> str:
         """Name of the (hidden_size, num_heads * head_dim) weight that reads the attended values."""
-        return f"{self.attention_module(layer_idx)}.{FAMILIES[self.model_type].output}.weight"
+        return f"{self.attention_module(layer_idx)}.{self.family.output}.weight"
 
-    def norm_name(self, layer_idx: int, part: str) -> str:
+    def norm_name(self, layer_idx: int, part: Literal["weight", "bias"]) -> str:
         """Name of the weight or bias of the norm before the attention."""
-        return f"{FAMILIES[self.model_type].norm.format(layer_idx)}.{part}"
+        return f"{self.norm.format(layer_idx)}.{part}"
 
     def tensor_names(self) -> list[str]:
-        """Every tensor that a weights-only decomposition reads."""
-        names = []
-        for layer_idx in range(self.num_layers):
-            for kind in KINDS:
-                names.append(self.weight_name(layer_idx, kind))
-                bias = self.bias_name(layer_idx, kind)
-                names += [bias] if bias else []
-        return names
+        """Every tensor that a decomposition of keys and values by their weights alone reads."""
+        projections: tuple[Projection, ...] = ("k", "v")
+        parts: tuple[Literal["weight", "bias"], ...] = ("weight", "bias") if self.bias else ("weight",)
+        return list(
+            dict.fromkeys(
+                self.projection_name(layer_idx, projection, part)
+                for layer_idx in range(self.num_layers)
+                for projection in projections
+                for part in parts
+            )
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -128,47 +311,119 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
         config: Config of a causal language model.
 
     Raises:
-        UnsupportedModelError: The model type or its rotary scaling is not one lorc knows.
+        UnsupportedModelError: The model type, its attention or its rotary scaling is not one lorc knows.
         ConfigError: A size is not positive.
     """
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise UnsupportedModelError(
-            f"model type {config.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
-        )
-    if family.rotary:
-        rope_type = config.rope_parameters["rope_type"]
-        if rope_type not in ROPE_TYPES:
-            raise UnsupportedModelError(
-                f"{config.model_type}: rope type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
-            )
+    family = family_of(config)
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
         if not getattr(config, name, 0) >= 1:
             raise ConfigError(f"{config.model_type}: config field {name} must be at least 1")
-    num_heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_kv_heads = kv_heads(config)
+    rotaries, rotary_of_layer = rotaries_of(config, family, head_dim)
     return Architecture(
         model_type=config.model_type,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=num_kv_heads,
+        num_cached_heads=config.num_attention_heads if caches_copies(config) else num_kv_heads,
         head_dim=head_dim,
-        rotary=family.rotary,
-        bias=family.bias if isinstance(family.bias, bool) else bool(getattr(config, family.bias)),
+        bias=fact(config, family.bias),
+        qk_norm=fact(config, family.qk_norm),
         input_norm=input_norm(config, family),
-        max_tokens=config.max_position_embeddings,
-        rotary_frequencies=rotary_frequencies(config, head_dim) if family.rotary else (),
+        norm="h.{}.ln_attn" if has_norms_of_its_own(config) else family.norm,
+        max_tokens=family.max_tokens if isinstance(family.max_tokens, int) else getattr(config, family.max_tokens),
+        rotaries=rotaries,
+        rotary_of_layer=rotary_of_layer,
     )
 
 
-def rotary_frequencies(config: PreTrainedConfig, head_dim: int) -> tuple[float, ...]:
-    """As transformers computes them; the plain kind has no function of its own there."""
-    if config.rope_parameters["rope_type"] == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
-        return tuple((config.rope_parameters["rope_theta"] ** -exponents).tolist())
-    found, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config)
-    return tuple(found.tolist())
+def family_of(config: PreTrainedConfig) -> Family:
+    """The row of a config's model type; UnsupportedModelError with the reason where there can be none."""
+    if reason := reason_unsupported(config):
+        raise UnsupportedModelError(f"model type {config.model_type!r} is not supported: {reason}")
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} is not supported: nobody has told lorc where it keeps its projections; "
+            f"supported are {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[config.model_type]
+
+
+def unobservable(architecture: Architecture) -> str:
+    """Why calibration cannot look at a model whose attention modules attend by themselves."""
+    return (
+        f"calibration looks at queries through transformers' attention interface, which {architecture.model_type} does "
+        "not use; choose a method from weights alone (lorc, lorc_q) and a schedule that does not look at attention"
+    )
+
+
+def fact(config: PreTrainedConfig, named: str | bool) -> bool:
+    """A config field, or the fact itself."""
+    return named if isinstance(named, bool) else bool(getattr(config, named))
+
+
+def caches_copies(config: PreTrainedConfig) -> bool:
+    """Falcon's newer decoder repeats each kv head for its query heads before it caches them."""
+    return config.model_type == "falcon" and config.new_decoder_architecture
+
+
+def has_norms_of_its_own(config: PreTrainedConfig) -> bool:
+    """Falcon's newer decoder has, unless told otherwise, one norm for the attention and one for the MLP."""
+    return caches_copies(config) and config.num_ln_in_parallel_attn in (None, 2)
+
+
+def kv_heads(config: PreTrainedConfig) -> int:
+    """Different kv heads of a layer."""
+    if config.model_type == "falcon":
+        if config.new_decoder_architecture:
+            return config.num_kv_heads
+        return 1 if config.multi_query else config.num_attention_heads
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def rotaries_of(
+    config: PreTrainedConfig, family: Family, head_dim: int
+) -> tuple[tuple[Rotary, ...], tuple[int | None, ...]]:
+    """Every kind of rotation, and which of them each layer has."""
+    num_layers = config.num_hidden_layers
+    if family.rotary == "none" or getattr(config, "alibi", False):
+        return (), (None,) * num_layers
+    if family.rotary == "inside":
+        frequencies = plain_frequencies(10000.0, config.rotary_dim)
+        return (Rotary(config.rotary_dim, family.interleaved, None, frequencies, 1.0),), (0,) * num_layers
+    layer_types = config.layer_types if family.rotary == "layer_type" else [None] * num_layers
+    kinds = list(dict.fromkeys(layer_types))
+    rotates = getattr(config, family.rotary_layers) if family.rotary_layers else [True] * num_layers
+    rotaries = tuple(rotary_of(config, family, head_dim, layer_type) for layer_type in kinds)
+    return rotaries, tuple(
+        kinds.index(layer_type) if rotated else None for layer_type, rotated in zip(layer_types, rotates, strict=True)
+    )
+
+
+def rotary_of(config: PreTrainedConfig, family: Family, head_dim: int, layer_type: str | None) -> Rotary:
+    """One kind of rotation, as transformers computes it; the plain kind has no function of its own there."""
+    parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+    rope_type = parameters["rope_type"]
+    if rope_type not in ROPE_TYPES:
+        raise UnsupportedModelError(
+            f"{config.model_type}: rope type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
+        )
+    scale = 1.0
+    if rope_type == "default":
+        factor = parameters.get("partial_rotary_factor", 1.0) if family.partial else 1.0
+        frequencies = plain_frequencies(parameters["rope_theta"], int(head_dim * factor))
+    else:
+        found, scale = ROPE_INIT_FUNCTIONS[rope_type](config, **({"layer_type": layer_type} if layer_type else {}))
+        frequencies = tuple(found.tolist())
+    return Rotary(2 * len(frequencies), family.interleaved, layer_type, frequencies, float(scale))
+
+
+def plain_frequencies(theta: float, num_channels: int) -> tuple[float, ...]:
+    """theta^(-2i / num_channels), in float32 as the models have it."""
+    exponents = torch.arange(0, num_channels, 2, dtype=torch.float) / num_channels
+    return tuple((theta**-exponents).tolist())
 
 
 def input_norm(config: PreTrainedConfig, family: Family) -> NormKind | None:

@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Float, Num, Shaped
 from torch import Tensor
 
+from lorc_core.architecture import Rotary
 from lorc_core.errors import ConfigError
 
 BLOCKS = "joint, head, group(HEADS), frequency"
+COMPLEX_BLOCKS = ("frequency", "interleaved_frequency")
 
 
 def group_size(block: str) -> int | None:
@@ -33,7 +35,8 @@ class Partition:
 
     `joint` is one block of all kv heads, `group(h)` one for every h neighbouring heads, `head` one per head,
     `frequency` one per rotary frequency over all heads: its channels are the real parts of that frequency, then the
-    imaginary parts, and it is projected as complex numbers, so that the projection commutes with the rotation.
+    imaginary parts, and it is projected as complex numbers, so that the projection commutes with the rotation. In
+    `interleaved_frequency` the two parts are neighbouring channels of a head, not half a head apart.
     """
 
     block: str
@@ -45,8 +48,12 @@ class Partition:
         return self.num_kv_heads * self.head_dim
 
     @property
+    def is_complex(self) -> bool:
+        return self.block in COMPLEX_BLOCKS
+
+    @property
     def num_blocks(self) -> int:
-        if self.block == "frequency":
+        if self.is_complex:
             return self.head_dim // 2
         return self.num_kv_heads // self.heads_per_block
 
@@ -62,7 +69,7 @@ class Partition:
     @property
     def rank_step(self) -> int:
         """Floats of the least latent: a complex number has two."""
-        return 2 if self.block == "frequency" else 1
+        return 2 if self.is_complex else 1
 
     @property
     def equal_ranks(self) -> bool:
@@ -71,33 +78,43 @@ class Partition:
 
     def split(self, states: Shaped[Tensor, "... n"]) -> Shaped[Tensor, "... b w"]:
         """The channels of each block, in the last dimension."""
-        if self.block == "frequency":
-            by_part = states.unflatten(-1, (self.num_kv_heads, 2, self.num_blocks))
+        if self.is_complex:
+            by_part = states.unflatten(-1, (self.num_kv_heads, *self._parts))
+            by_part = by_part.transpose(-1, -2) if self._interleaved else by_part
             return by_part.movedim(-1, -3).transpose(-1, -2).flatten(-2)
         return states.unflatten(-1, (self.num_blocks, self.width))
 
     def join(self, blocks: Shaped[Tensor, "... b w"]) -> Shaped[Tensor, "... n"]:
         """The inverse of `split`."""
-        if self.block == "frequency":
-            by_part = blocks.unflatten(-1, (2, self.num_kv_heads)).transpose(-1, -2)
-            return by_part.movedim(-3, -1).flatten(-3)
+        if self.is_complex:
+            by_part = blocks.unflatten(-1, (2, self.num_kv_heads)).transpose(-1, -2).movedim(-3, -1)
+            return (by_part.transpose(-1, -2) if self._interleaved else by_part).flatten(-3)
         return blocks.flatten(-2)
+
+    @property
+    def _interleaved(self) -> bool:
+        return self.block == "interleaved_frequency"
+
+    @property
+    def _parts(self) -> tuple[int, int]:
+        """How a head's channels stand: all real parts and then all imaginary ones, or pair after pair."""
+        return (self.num_blocks, 2) if self._interleaved else (2, self.num_blocks)
 
     def diagonal(self, moment: Float[Tensor, "n n"]) -> Num[Tensor, "b w w"]:
         """Each block's part of a second moment of all channels; complex for `frequency`, over half the channels."""
         order = self.split(torch.arange(self.kv_width, device=moment.device))
         parts = moment[order[:, :, None], order[:, None, :]]
-        if self.block != "frequency":
+        if not self.is_complex:
             return parts
         (aa, ab), (ba, bb) = (half.chunk(2, dim=-1) for half in parts.chunk(2, dim=-2))
         return torch.complex(aa + bb, ba - ab) / 2  # E[c c^H] / 2 of c = a + ib: the real moment over all rotations
 
 
-def partition_of(block: str, num_kv_heads: int, head_dim: int, *, rotary: bool) -> Partition:
+def partition_of(block: str, num_kv_heads: int, head_dim: int, rotary: Rotary | None) -> Partition:
     """The partition, where the model has one.
 
     Raises:
-        ConfigError: A group does not divide the kv heads, or there are no rotary frequencies.
+        ConfigError: A group does not divide the kv heads, or not every channel has a rotary frequency.
     """
     heads = group_size(block)
     if heads is not None and num_kv_heads % heads:
@@ -106,6 +123,12 @@ def partition_of(block: str, num_kv_heads: int, head_dim: int, *, rotary: bool) 
             f"block {block}: {heads} does not divide the model's {num_kv_heads} kv heads; possible are "
             f"{', '.join(divisors)}"
         )
-    if block == "frequency" and not rotary:
+    if block != "frequency":
+        return Partition(block, num_kv_heads, head_dim)
+    if rotary is None:
         raise ConfigError("block frequency: the model has no rotary embedding")
-    return Partition(block, num_kv_heads, head_dim)
+    if rotary.num_channels != head_dim:
+        raise ConfigError(
+            f"block frequency: of {head_dim} channels of a head only {rotary.num_channels} have a rotary frequency"
+        )
+    return Partition("interleaved_frequency" if rotary.interleaved else "frequency", num_kv_heads, head_dim)

@@ -15,11 +15,12 @@ from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
 from lorc_core.checkpoint import Checkpoint, WeightSource, read_config
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.methods import Axes, Method, known_method
-from lorc_core.moments import LayerMoments, moments_of
+from lorc_core.moments import PROJECTION_OF, LayerMoments, moments_of
 from lorc_core.projection import Decomposition, Factors, LayerDecomposition, decompose, decompose_weight, layer_spectrum
 from lorc_core.schedule import Schedule, check_kept_fraction, known_schedule
 from lorc_core.spectra import RankSchedule
 from lorc_core.variant import BaseModel, Variant
+from lorc_core.weights import read_bias, read_weight
 
 
 class LoadedWeights:
@@ -67,17 +68,20 @@ def decompose_kind(
     axes: Axes,
     calibrated: LayerMoments | None,
 ) -> Decomposition:
-    weight = source.read(architecture.weight_name(layer_idx, kind))
+    projection = PROJECTION_OF[kind]
+    weight = read_weight(source, architecture, layer_idx, projection)
     if tuple(weight.shape) != (architecture.kv_width, architecture.hidden_size):
         raise ConfigError(
             f"layer {layer_idx} {kind}: weight is {tuple(weight.shape)}, the config says "
             f"({architecture.kv_width}, {architecture.hidden_size})"
         )
-    partition, rotated = axes.partition(architecture), axes.rotated(architecture)
+    partition, rotated = axes.partition(architecture), axes.rotated(architecture, layer_idx)
     try:
         if axes.statistics == "weights" and axes.reader == "none" and not rotated:
-            bias_name = architecture.bias_name(layer_idx, kind)
-            return decompose_weight(weight, partition, source.read(bias_name).double() if bias_name else None)
+            bias = read_bias(source, architecture, layer_idx, projection)
+            if bias is None or not axes.has_mean(architecture, layer_idx, kind):
+                return decompose_weight(weight, partition, None)
+            return decompose_weight(weight, partition, bias.double())
         moments = moments_of(source, architecture, layer_idx, kind, axes, calibrated)
         return decompose(moments, weight, partition, axes.reader, rotated=rotated)
     except NumericsError as error:

@@ -9,8 +9,9 @@ from torch import Tensor
 from lorc_core.architecture import Architecture, Kind
 from lorc_core.bounds import least_read_errors
 from lorc_core.checkpoint import WeightSource
-from lorc_core.moments import LayerMoments, output_moment, over_all_heads
+from lorc_core.moments import PROJECTION_OF, LayerMoments, output_moment, over_all_heads
 from lorc_core.projection import Factors
+from lorc_core.weights import read_bias, read_weight
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class ProjectionErrors:
 
     Attributes:
         bound: Theorem 1 of LoRC, for any projection: the spectral norm of (I - P) W times the length of the input (of
-            length one, without calibration). None for keys after the rotation, which are no linear map of the input,
-            unless their projection commutes with it.
+            length one, without calibration). None for normalised keys, and for keys after the rotation unless their
+            projection commutes with it: those are no linear map of the input.
         error: Measured length of what the cache loses of the states.
         read_error: Measured root of tr(M (I - P) C (I - P)^T): of the logits, or of the attention output for weights
             of one.
@@ -56,8 +57,9 @@ def projection_errors(
     rest = identity - exact.rebuild(exact.project_down(identity)).T
     rotated = factors.rotated and factors.partition.block != "frequency"  # those commute with the rotation
     bound = None
-    if not rotated:
-        lost_weight = rest @ source.read(architecture.weight_name(*place)).double()
+    normalised = place[1] == "keys" and architecture.qk_norm
+    if not rotated and not normalised:
+        lost_weight = rest @ read_weight(source, architecture, place[0], PROJECTION_OF[place[1]]).double()
         bound = torch.linalg.eigvalsh(lost_weight @ lost_weight.T)[-1].clamp(min=0).sqrt().item()
         if calibrated is not None:
             bound *= calibrated.moments["inputs"].about(None).item() ** 0.5
@@ -88,8 +90,8 @@ def lost_constant(
     rest: Float[Tensor, "n n"],
 ) -> float:
     """Length of (I - P) (b - m): what is lost of the bias where another constant is kept, a LayerNorm's included."""
-    name = architecture.bias_name(*place)
-    bias = source.read(name).double() if name else torch.zeros(architecture.kv_width, dtype=torch.float64)
+    stored = read_bias(source, architecture, place[0], PROJECTION_OF[place[1]])
+    bias = torch.zeros(architecture.kv_width, dtype=torch.float64) if stored is None else stored.double()
     return (rest @ (bias if factors.mean is None else bias - factors.mean)).norm().item()
 
 

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lorc_core.architecture import KINDS, Kind
 from lorc_core.projection import Factors
-from lorc_core.rotation import Rotation, RowPositions, rotate
+from lorc_core.rotation import LayerRotation, Rotation, RowPositions, rotate
 
 STATE_ATTRIBUTE = "_lorc_layer"
 
@@ -64,7 +64,7 @@ class LayerState:
     """The factors of one attention module, on its device, what looks at it, and the call in progress."""
 
     placed_at: tuple[torch.device, torch.dtype]
-    rotary: nn.Module | None
+    rotary: LayerRotation | None
     num_kv_heads: int
     positions: "RowPositions"
     factors: LayerFactors = field(default_factory=lambda: dict.fromkeys(KINDS))
@@ -170,8 +170,7 @@ def key_rotation(state: LayerState, call: Call, keys: Float[Tensor, "b g s d"], 
     assert call.position_ids is not None
     slots = torch.arange(kv_len, device=keys.device) + call.first_slot
     newest = call.position_ids[:, -1:].to(keys.device)
-    cos, sin = state.rotary(keys, newest - (call.past + q_len - 1 - slots))
-    return cos, sin
+    return state.rotary(keys, newest - (call.past + q_len - 1 - slots))
 
 
 def latent_attention(

@@ -54,5 +54,5 @@ def planned_factor_floats(schedule: RankSchedule, method: Method, architecture: 
                 axes = method.axes(layer_idx, kind)
                 sides = 2 if axes.reader == "interaction" else 1
                 total += sides * layer.floats(kind) * axes.partition(architecture).width
-                total += schedule.kv_width if axes.has_mean(architecture) else 0
+                total += schedule.kv_width if axes.has_mean(architecture, layer_idx, kind) else 0
     return total

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from lorc_core.architecture import KINDS, Architecture, Kind
+from lorc_core.architecture import KINDS, Architecture, Kind, unobservable
 from lorc_core.blocks import Partition, check_block, partition_of
-from lorc_core.errors import ConfigError
+from lorc_core.errors import ConfigError, UnsupportedModelError
 from lorc_core.schedule import (
     Energy,
     ErrorBudget,
@@ -59,26 +59,27 @@ class Axes:
         if self.mean == "measured" and (self.statistics != "calibration" or self.space == "post_rope"):
             raise ConfigError("mean measured needs statistics calibration and space pre_rope")
 
-    def rotated(self, architecture: Architecture) -> bool:
-        """Whether the cached states of a model are rotated ones."""
-        return architecture.rotary and self.space == "post_rope"
+    def rotated(self, architecture: Architecture, layer_idx: int) -> bool:
+        """Whether the cached states of a layer are rotated ones."""
+        return self.space == "post_rope" and architecture.layer_rotary(layer_idx) is not None
 
     @property
     def joins_rotated_heads(self) -> bool:
         """Whether blocks span heads whose states are measured rotated; calibration is dearer then."""
         return (self.statistics, self.space) == ("calibration", "post_rope") and self.block not in ("head", "frequency")
 
-    def has_mean(self, architecture: Architecture) -> bool:
-        """Whether a constant is kept beside the factors."""
-        if self.rotated(architecture):
+    def has_mean(self, architecture: Architecture, layer_idx: int, kind: Kind) -> bool:
+        """Whether a constant is kept beside the factors: not the bias of keys that a norm or a rotation follows."""
+        if self.mean == "measured":
+            return True
+        if kind == "keys" and (architecture.qk_norm or self.rotated(architecture, layer_idx)):
             return False
-        known = architecture.bias or (architecture.input_norm == "layer" and self.statistics != "weights")
-        return known or self.mean == "measured"
+        return architecture.bias or (architecture.input_norm == "layer" and self.statistics != "weights")
 
     def partition(self, architecture: Architecture) -> Partition:
         """The blocks of one layer of a model; ConfigError where it cannot have them."""
-        rotary = architecture.rotary
-        return partition_of(self.block, architecture.num_kv_heads, architecture.head_dim, rotary=rotary)
+        rotary = architecture.rotaries[0] if architecture.rotary else None
+        return partition_of(self.block, architecture.num_kv_heads, architecture.head_dim, rotary)
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,9 @@ class Method:
         return self.training is not None or any(one.statistics == "calibration" for one in axes)
 
     def check(self, architecture: Architecture) -> None:
-        """Raise ConfigError where a model cannot be compressed so; the message says why."""
+        """Raise ConfigError, or UnsupportedModelError, where a model cannot be compressed so; the message says why."""
+        if self.needs_calibration and not architecture.family.interface:
+            raise UnsupportedModelError(f"method {self.name}: {unobservable(architecture)}")
         for layer_idx in self.layers:
             if not 0 <= layer_idx < architecture.num_layers:
                 raise ConfigError(
@@ -188,6 +191,12 @@ class Method:
                     method.axes(-1, kind).partition(architecture)
                 except ConfigError as error:
                     raise ConfigError(f"method {method.name}, {kind}: {error}") from error
+        for layer_idx in range(architecture.num_layers):
+            if self.axes(layer_idx, "keys").block == "frequency" and architecture.layer_rotary(layer_idx) is None:
+                raise ConfigError(
+                    f"method {self.name}, keys: block frequency: layer {layer_idx} has no rotary embedding; "
+                    "give such layers another method"
+                )
 
     def check_enough_tokens(self, architecture: Architecture, num_tokens: int) -> None:
         """Raise ConfigError where a measured moment of one of the blocks could not have full rank."""

@@ -13,11 +13,14 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from lorc_core.architecture import Architecture, Kind
+from lorc_core.architecture import Architecture, Kind, Projection
 from lorc_core.checkpoint import WeightSource
 from lorc_core.errors import ConfigError
 from lorc_core.methods import Axes, Gqa
+from lorc_core.rotation import rotary_pairs
+from lorc_core.weights import read_bias, read_gain, read_output, read_weight
 
+PROJECTION_OF: dict[Kind, Projection] = {"keys": "k", "values": "v"}
 WIDE_GRAM = 512  # narrower products gain nothing from being split
 
 
@@ -151,8 +154,8 @@ def moments_of(
 
     With x white before the norm's gain g: RMSNorm gives C = W diag(g^2) W^T; LayerNorm C = W diag(g) (I - 11^T/I)
     diag(g) W^T and m = b + W beta. Keys are read by the queries of every query head of their group, values by W_o: M
-    is the sum over those heads. After the rotation m is zero, the bias being no constant there; from weights, C and M
-    are then averaged over all positions of the model.
+    is the sum over those heads. After the rotation, or a norm of the keys, m is zero, the bias being no constant
+    there; after the rotation C and M from weights are averaged over all positions of the model.
 
     Args:
         source: Where the weights are.
@@ -171,18 +174,19 @@ def moments_of(
             raise ConfigError("a method that calibrates needs calibration text")
         return calibrated_moments(source, architecture, layer_idx, kind, axes, calibrated)
     gain = axes.statistics == "weights_with_gain"
-    states, mean = projected_input(source, architecture, layer_idx, kind[0], gain=gain)
+    states, mean = projected_input(source, architecture, layer_idx, PROJECTION_OF[kind], gain=gain)
     if kind == "values":
         return Moments(states @ states.T, output_moment(source, architecture, layer_idx, axes.gqa), mean)
     queries = with_constant(*projected_input(source, architecture, layer_idx, "q", gain=gain))
     heads = queries.unflatten(0, (architecture.num_kv_heads, -1, architecture.head_dim))
     readers = torch.block_diag(*reader_blocks(heads.transpose(2, 3), axes.gqa))
-    if not axes.rotated(architecture):
+    rotated = axes.rotated(architecture, layer_idx)
+    if not rotated and not architecture.qk_norm:
         return Moments(states @ states.T, readers, mean)
     keys = with_constant(states, mean)
-    if axes.block == "frequency":
+    if not rotated or axes.block == "frequency":
         return Moments(keys @ keys.T, readers, None)
-    average = [position_average(moment, architecture) for moment in (keys @ keys.T, readers)]
+    average = [position_average(moment, architecture, layer_idx) for moment in (keys @ keys.T, readers)]
     return Moments(average[0], average[1], None)
 
 
@@ -199,7 +203,8 @@ def calibrated_moments(
     if axes.mean == "measured":
         mean: Tensor | None = measured.mean
     else:
-        mean = None if axes.rotated(architecture) else known_mean(source, architecture, layer_idx, kind)
+        known = axes.has_mean(architecture, layer_idx, kind)
+        mean = known_mean(source, architecture, layer_idx, kind) if known else None
     states = over_all_heads(measured.about(mean))
     if kind == "values":
         return Moments(states, output_moment(source, architecture, layer_idx, axes.gqa), mean)
@@ -216,12 +221,13 @@ def known_mean(
     source: WeightSource, architecture: Architecture, layer_idx: int, kind: Kind
 ) -> Float[Tensor, " n"] | None:
     """The projection's bias; also what the LayerNorm's bias adds."""
-    return projected_input(source, architecture, layer_idx, kind[0], gain=architecture.input_norm == "layer")[1]
+    gain = architecture.input_norm == "layer"
+    return projected_input(source, architecture, layer_idx, PROJECTION_OF[kind], gain=gain)[1]
 
 
 def output_moment(source: WeightSource, architecture: Architecture, layer_idx: int, gqa: Gqa) -> Float[Tensor, "n n"]:
     """sum_i W_o,i^T W_o,i over the query heads of each kv head, block-diagonal."""
-    weight = source.read(architecture.output_name(layer_idx)).double()
+    weight = read_output(source, architecture, layer_idx).double()
     heads = weight.unflatten(1, (architecture.num_kv_heads, -1, architecture.head_dim))
     return torch.block_diag(*reader_blocks(heads.permute(1, 2, 0, 3), gqa))
 
@@ -238,33 +244,38 @@ def with_constant(weight: Float[Tensor, "n i"], constant: Float[Tensor, " n"] | 
 
 
 def projected_input(
-    source: WeightSource, architecture: Architecture, layer_idx: int, projection: str, *, gain: bool
+    source: WeightSource, architecture: Architecture, layer_idx: int, projection: Projection, *, gain: bool
 ) -> tuple[Float[Tensor, "n i"], Float[Tensor, " n"] | None]:
     """The weight that acts on a white input, with the norm folded in if `gain`, and the constant it adds."""
-    weight = source.read(architecture.projection_name(layer_idx, projection, "weight")).double()
-    bias = (
-        source.read(architecture.projection_name(layer_idx, projection, "bias")).double() if architecture.bias else None
-    )
+    weight = read_weight(source, architecture, layer_idx, projection).double()
+    stored = read_bias(source, architecture, layer_idx, projection)
+    bias = None if stored is None else stored.double()
     if architecture.input_norm is None or not gain:
         return weight, bias
-    scaled = weight * source.read(architecture.norm_name(layer_idx, "weight")).double()
-    if architecture.input_norm == "layer":
-        shift = weight @ source.read(architecture.norm_name(layer_idx, "bias")).double()
-        return scaled - scaled.mean(dim=1, keepdim=True), shift if bias is None else bias + shift
-    return scaled, bias
+    scaled = weight * read_gain(source, architecture, layer_idx).double()
+    if architecture.input_norm in ("rms", "rms_plus_one"):
+        return scaled, bias
+    centred = scaled - scaled.mean(dim=1, keepdim=True)
+    if architecture.input_norm == "layer_unbiased":
+        return centred, bias
+    shift = weight @ source.read(architecture.norm_name(layer_idx, "bias")).double()
+    return centred, shift if bias is None else bias + shift
 
 
-def position_average(moment: Float[Tensor, "n n"], architecture: Architecture) -> Float[Tensor, "n n"]:
+def position_average(moment: Float[Tensor, "n n"], architecture: Architecture, layer_idx: int) -> Float[Tensor, "n n"]:
     """The mean over positions p = 0 .. max_tokens - 1 of R_p moment R_p^T, R_p being the rotation at p, in closed form.
 
     A pair of channels rotates as one complex number z = a + ib, so E[z z^H] and E[z z^T] are multiplied by the mean of
     exp(i p (theta_j -+ theta_k)), a geometric sum.
     """
-    heads, half = architecture.num_kv_heads, architecture.head_dim // 2
-    channels = torch.arange(architecture.kv_width, device=moment.device).view(heads, 2, half)
-    a, b = channels[:, 0].flatten(), channels[:, 1].flatten()
-    aa, ab, ba, bb = (moment[rows][:, columns] for rows in (a, b) for columns in (a, b))
-    theta = torch.tensor(architecture.rotary_frequencies, dtype=torch.float64, device=moment.device).repeat(heads)
+    rotary = architecture.layer_rotary(layer_idx)
+    assert rotary is not None
+    heads, head_dim = architecture.num_kv_heads, architecture.head_dim
+    channels, frequencies, scales = (part.to(moment.device) for part in rotary_pairs(rotary, head_dim))
+    starts = torch.arange(heads, device=moment.device)[:, None] * head_dim
+    a, b = ((starts + channels[part]).flatten() for part in (0, 1))
+    theta, scale = frequencies.repeat(heads), scales.repeat(heads)
+    aa, ab, ba, bb = (scale[:, None] * moment[rows][:, columns] * scale for rows in (a, b) for columns in (a, b))
     hermitian = torch.complex(aa + bb, ba - ab) * mean_phase(theta[:, None] - theta, architecture.max_tokens)
     plain = torch.complex(aa - bb, ba + ab) * mean_phase(theta[:, None] + theta, architecture.max_tokens)
     averaged = torch.empty_like(moment)

@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
 from lorc_core.errors import NumericsError
 from lorc_core.latent_attention import LayerFactors, Observed, project_states
+from lorc_core.moments import PROJECTION_OF
 from lorc_core.projection import Factors, LayerDecomposition, layer_spectrum
 from lorc_core.rotation import rotate
 from lorc_core.runtime import Attachment
 from lorc_core.schedule import climbed_ranks, shares
 from lorc_core.spectra import CurvePoint, ErrorLevel, KindSpectrum, LayerRanks, RankSchedule, Staircase
+from lorc_core.weights import projection_rows
 
 CURVE_FRACTIONS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 NUM_ERROR_LEVELS = 24
@@ -42,7 +44,7 @@ def fisher_information(model: PreTrainedModel, batches: Batches) -> tuple[dict[K
     """
     architecture = architecture_of(model.config)
     weights = [
-        {kind: weight_parameter(model, architecture.weight_name(layer_idx, kind)) for kind in KINDS}
+        {kind: weight_parameter(model, architecture, layer_idx, kind) for kind in KINDS}
         for layer_idx in range(architecture.num_layers)
     ]
     watched = [weight for layer in weights for weight in layer.values()]
@@ -52,16 +54,19 @@ def fisher_information(model: PreTrainedModel, batches: Batches) -> tuple[dict[K
             gradients = torch.autograd.grad(next_token_loss(model, batch), watched)
             for square, gradient in zip(squares, gradients, strict=True):
                 square += gradient.float().square()
-    by_channel = [(square / len(batches)).sqrt().mean(dim=1) for square in squares]
+    projections = [PROJECTION_OF[kind] for kind in KINDS] * architecture.num_layers
+    rows = [projection_rows(architecture, *pair) for pair in zip(projections, squares, strict=True)]
+    by_channel = [(square / len(batches)).sqrt().mean(dim=1) for square in rows]
     for idx, found in enumerate(by_channel):
         if not torch.isfinite(found).all():
             raise NumericsError(f"layer {idx // 2} {KINDS[idx % 2]}: a gradient holds NaN or infinity")
-    rows = [tuple(found.tolist()) for found in by_channel]
-    return tuple(dict(zip(KINDS, pair, strict=True)) for pair in zip(rows[::2], rows[1::2], strict=True))
+    numbers = [tuple(found.tolist()) for found in by_channel]
+    return tuple(dict(zip(KINDS, pair, strict=True)) for pair in zip(numbers[::2], numbers[1::2], strict=True))
 
 
-def weight_parameter(model: PreTrainedModel, name: str) -> nn.Parameter:
-    return model.base_model.get_parameter(name)
+def weight_parameter(model: PreTrainedModel, architecture: Architecture, layer_idx: int, kind: Kind) -> nn.Parameter:
+    """W_k or W_v, with W_q beside it where they are fused."""
+    return model.base_model.get_parameter(architecture.projection_name(layer_idx, PROJECTION_OF[kind], "weight"))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from lorc_core.adapters import AdapterTensors, hook_adapters
-from lorc_core.architecture import Architecture, architecture_of
+from lorc_core.architecture import Architecture, architecture_of, unobservable
 from lorc_core.errors import ConfigError, UnsupportedModelError
 from lorc_core.latent_attention import (
     STATE_ATTRIBUTE,
@@ -29,7 +29,8 @@ from lorc_core.latent_attention import (
     Observed,
     latent_attention,
 )
-from lorc_core.rotation import RowPositions
+from lorc_core.rebuilding import RebuildingCache
+from lorc_core.rotation import LayerRotation, RowPositions
 from lorc_core.variant import Variant
 
 PREFIX = "lorc_"
@@ -37,18 +38,31 @@ ATTACHMENT_ATTRIBUTE = "_lorc_attachment"
 
 
 def enter_attention(
-    state: LayerState, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    state: LayerState,
+    architecture: Architecture,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook: the view in place of the cache and, for compressed rotary keys, no rotation."""
+    """Forward pre-hook: the view in place of the cache and, for compressed rotary keys, no rotation.
+
+    A module that attends by itself rotates its keys whatever it is told; its view takes the rotation off again.
+    """
     kwargs = dict(kwargs)
-    position_ids = kwargs.get("position_ids")
-    rotation = kwargs["position_embeddings"] if state.unrotates_keys else None
-    if rotation is not None:
-        cos, _ = rotation
-        kwargs["position_embeddings"] = (torch.ones_like(cos[:1, :1]), torch.zeros_like(cos[:1, :1]))
     inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    state.call = Call(rotation, position_ids, inputs)
-    kwargs["past_key_values"] = LatentCache(kwargs.get("past_key_values"), state)
+    rotation = None
+    if state.unrotates_keys:
+        assert state.rotary is not None
+        rotation = state.rotary.of_call(inputs, kwargs)
+        if architecture.family.interface:
+            kwargs["position_embeddings"] = rotation.identity()
+    state.call = Call(rotation, kwargs.get("position_ids"), inputs)
+    argument = architecture.family.cache_argument
+    if architecture.family.interface:
+        kwargs[argument] = LatentCache(kwargs.get(argument), state)
+    else:
+        copies = architecture.num_cached_heads // architecture.num_kv_heads
+        kwargs[argument] = RebuildingCache(kwargs.get(argument), state, copies)
     return args, kwargs
 
 
@@ -84,7 +98,8 @@ class Attachment:
         for module in self._modules:
             delattr(module, STATE_ATTRIBUTE)
         self._handles, self._modules = [], []
-        if self.model.__dict__.pop(ATTACHMENT_ATTRIBUTE, None) is not None:
+        attached = self.model.__dict__.pop(ATTACHMENT_ATTRIBUTE, None) is not None
+        if attached and self.architecture.family.interface:
             self.model.set_attn_implementation(self._underlying)
 
     def __enter__(self) -> "Attachment":
@@ -99,13 +114,22 @@ class Attachment:
         base = self.model.base_model
         module = base.get_submodule(self.architecture.attention_module(layer_idx))
         placed_at = (execution_device(module), next(module.parameters()).dtype)
-        rotary = base.get_submodule("rotary_emb") if self.architecture.rotary else None
+        rotary = self._rotation(layer_idx)
         state = LayerState(placed_at, rotary, self.architecture.num_kv_heads, self._positions, observe=observe)
         state.use(factors)
         setattr(module, STATE_ATTRIBUTE, state)
         self._modules.append(module)
-        self._handles.append(module.register_forward_pre_hook(partial(enter_attention, state), with_kwargs=True))
+        hook = partial(enter_attention, state, self.architecture)
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         return state
+
+    def _rotation(self, layer_idx: int) -> LayerRotation | None:
+        """How the layer's keys are rotated; None where they are not."""
+        rotary = self.architecture.layer_rotary(layer_idx)
+        if rotary is None:
+            return None
+        inside = self.architecture.family.rotary == "inside"
+        return LayerRotation(rotary, None if inside else self.model.base_model.get_submodule("rotary_emb"))
 
     def use(self, factors: Sequence[LayerFactors]) -> None:
         """Take other factors; layers that were left alone stay so."""
@@ -118,16 +142,20 @@ class Attachment:
 
         Raises:
             ConfigError: Something is attached already.
-            UnsupportedModelError: The model does not use transformers' attention interface.
+            UnsupportedModelError: The model does not use transformers' attention interface where that is needed.
         """
         if ATTACHMENT_ATTRIBUTE in self.model.__dict__:
             raise ConfigError("a variant is attached to this model already; detach it first")
         self.model.__dict__[ATTACHMENT_ATTRIBUTE] = self
+        caches_copies = self.architecture.num_cached_heads != self.architecture.num_kv_heads
         with ExitStack() as undo:
             undo.callback(self.detach)
-            use_latent_attention(self.model, self._underlying)
+            if self.architecture.family.interface:
+                use_latent_attention(self.model, self._underlying)
+            elif any(self._observers):
+                raise UnsupportedModelError(unobservable(self.architecture))
             for layer_idx, (factors, observe) in enumerate(zip(self._factors, self._observers, strict=True)):
-                idle = observe is None and not any(factors.values())
+                idle = observe is None and not any(factors.values()) and not caches_copies
                 self.layers.append(None if idle else self._hook(layer_idx, factors, observe))
             self._handles += hook_adapters(self.model, self.architecture, self._adapters)
             undo.pop_all()
@@ -167,7 +195,7 @@ def attach(model: PreTrainedModel, variant: Variant) -> Attachment:
 
     Raises:
         ConfigError: The model has another architecture, or a variant is attached already.
-        UnsupportedModelError: The model does not use transformers' attention interface.
+        UnsupportedModelError: lorc does not know the architecture.
     """
     found = architecture_of(model.config)
     if found != variant.architecture:

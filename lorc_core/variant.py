@@ -20,7 +20,7 @@ from lorc_core.methods import Method, method_from_dict
 from lorc_core.projection import Factors
 from lorc_core.spectra import RankSchedule
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 CONFIG_FILE = "lorc_config.json"
 FACTORS_FILE = "factors.safetensors"
 MANIFEST_FILE = "manifest.json"
@@ -164,7 +164,7 @@ def read_factors(
     expected: dict[str, tuple[int, ...]] = {"up": (partition.width, sum(ranks))}
     if axes.reader == "interaction":
         expected["own_down"] = (sum(ranks), partition.width)
-    if axes.has_mean(architecture):
+    if axes.has_mean(architecture, *place):
         expected["mean"] = (architecture.kv_width,)
     for name, shape in expected.items():
         tensor = tensors.get(f"{prefix}.{name}")
@@ -173,7 +173,7 @@ def read_factors(
             raise ArtifactError(f"{directory / FACTORS_FILE}: {prefix}.{name} must be {shape}, it is {found}")
     up, own_down, mean = (tensors[f"{prefix}.{name}"] if name in expected else None for name in FACTOR_TENSORS)
     assert up is not None
-    return Factors(partition, ranks, up, own_down, mean, axes.rotated(architecture))
+    return Factors(partition, ranks, up, own_down, mean, axes.rotated(architecture, place[0]))
 
 
 def write_manifest(directory: Path) -> None:

@@ -94,6 +94,11 @@ def channels_of(block, num_kv_heads, head_dim):
             [head * head_dim + part * half + frequency for part in (0, 1) for head in range(num_kv_heads)]
             for frequency in range(half)
         ]
+    if block == "interleaved_frequency":
+        return [
+            [head * head_dim + 2 * frequency + part for part in (0, 1) for head in range(num_kv_heads)]
+            for frequency in range(head_dim // 2)
+        ]
     heads = {"joint": num_kv_heads, "head": 1}.get(block) or int(block.removeprefix("group(").removesuffix(")"))
     return [
         [head * head_dim + channel for head in range(first, first + heads) for channel in range(head_dim)]

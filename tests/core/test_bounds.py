@@ -23,6 +23,7 @@ from lorc_core.bounds import (
 from lorc_core.checkpoint import Checkpoint
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.projection import balanced_factors
+from lorc_core.weights import read_weight
 from tests.core.test_projection import random_matrix
 
 ROUNDING = 1 + 1e-12  # worst of 2,000 random matrices where a bound is reached: 1 + 6e-15
@@ -62,7 +63,7 @@ def test_truncation_bound_holds_on_every_real_layer_and_its_worst_input_reaches_
     inputs = random_matrix(1000, architecture.hidden_size, 0)
     for layer_idx in range(architecture.num_layers):
         for kind in KINDS:
-            weight = source.read(architecture.weight_name(layer_idx, kind)).double()
+            weight = read_weight(source, architecture, layer_idx, kind[0]).double()
             for rank in (1, architecture.kv_width // 2, architecture.kv_width - 1):
                 approximation = truncated(weight, rank)
                 bounds = truncation_bound(weight, rank, inputs=inputs)

@@ -131,7 +131,7 @@ def test_position_average_is_the_mean_over_explicitly_rotated_moments(name, num_
     turned = rotated(model, heads[:, None].expand(-1, num_positions, -1, -1)).flatten(2)  # (rows, positions, N)
     for position in range(num_positions):
         expected += turned[:, position].T @ turned[:, position] / num_positions
-    found = position_average(moment, architecture)
+    found = position_average(moment, architecture, 0)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(moment.abs().max()) / 1e3)
     if num_positions == 1:
         torch.testing.assert_close(found, moment)
