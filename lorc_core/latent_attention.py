@@ -1,8 +1,8 @@
 """Attention over a cache of latents: what is stored, and how it is read back.
 
-A view of the cache projects keys and values down before they are stored; an attention function rebuilds them from
-the latents, rotates what arrived unrotated, and calls the implementation the model had before. Calibration looks at
-queries, keys and values through the same function.
+A view of the cache projects keys and values down before they are stored. The attention function reads them: a few new
+tokens attend over the latents themselves, many over what can be rebuilt from them, by the implementation that the model
+had before. Calibration looks at queries, keys and values through the same function.
 
 Shapes: B batch, H query heads, G kv heads, D head_dim, Q new tokens, S cached and new tokens, K rank, N = G * D.
 """
@@ -14,16 +14,21 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lorc_core.architecture import KINDS, Kind
 from lorc_core.projection import Factors
-from lorc_core.rotation import LayerRotation, Rotation, RowPositions, rotate
+from lorc_core.reading import Reader, mixed, reader_of, rotated_scores, scores_of, turned, weighted
+from lorc_core.rotation import LayerRotation, Rotation, RowPositions, SlotTurns, rotate
 
 STATE_ATTRIBUTE = "_lorc_layer"
+# Implementations whose mathematics `weighted` has, and what they may be given that it has not.
+KNOWN_IMPLEMENTATIONS = ("eager", "sdpa")
+UNKNOWN_ARGUMENTS = ("s_aux", "position_bias", "cache")
 
 
 @dataclass
@@ -61,12 +66,18 @@ LayerFactors = dict[Kind, Factors | None]
 
 @dataclass
 class LayerState:
-    """The factors of one attention module, on its device, what looks at it, and the call in progress."""
+    """The factors of one attention module, on its device, what looks at it, and the call in progress.
+
+    `attends` says whether the module calls `latent_attention`; else it attends by itself, on whole states.
+    """
 
     placed_at: tuple[torch.device, torch.dtype]
     rotary: LayerRotation | None
     num_kv_heads: int
+    head_dim: int
+    attends: bool
     positions: "RowPositions"
+    turns: SlotTurns
     factors: LayerFactors = field(default_factory=lambda: dict.fromkeys(KINDS))
     observe: Callable[[Observed], None] | None = None
     call: Call | None = None
@@ -82,14 +93,35 @@ class LayerState:
         return self.rotary is not None and (self.observe is not None or (keys is not None and not keys.rotated))
 
     @cached_property
+    def pair_order(self) -> Int[Tensor, " d"] | None:
+        """The order of a head's channels in which keys are projected before the rotation; None as they come."""
+        keys = self.factors["keys"]
+        if not self.attends or self.rotary is None or keys is None or keys.rotated:
+            return None
+        order = self.rotary.pair_order(self.head_dim)
+        return None if order is None else order.to(self.placed_at[0])
+
+    @cached_property
     def offsets(self) -> dict[Kind, Tensor | None]:
         return {kind: found.offset() if found else None for kind, found in self.factors.items()}
+
+    @cached_property
+    def readers(self) -> dict[Kind, Reader | None]:
+        """None for keys that must be rebuilt to be rotated."""
+        found: dict[Kind, Reader | None] = {
+            kind: reader_of(self.factors[kind], self.offsets[kind], self.num_kv_heads) for kind in KINDS
+        }
+        return found | {"keys": None} if self.unrotates_keys else found
 
     def use(self, factors: LayerFactors) -> None:
         """Take other factors, wherever they are."""
         device, dtype = self.placed_at
         self.factors = {kind: found.to(device, dtype) if found else None for kind, found in factors.items()}
-        self.__dict__.pop("offsets", None)
+        for name in ("pair_order", "offsets", "readers"):
+            self.__dict__.pop(name, None)
+        if self.pair_order is not None:
+            assert self.factors["keys"] is not None
+            self.factors["keys"] = self.factors["keys"].reordered(self.pair_order)
 
 
 class LatentCache:
@@ -132,6 +164,8 @@ def project_down(states: Float[Tensor, "b g q d"], state: LayerState, kind: Kind
     """
     if not state.compresses:
         return states
+    if kind == "keys" and state.pair_order is not None:
+        states = states[..., state.pair_order]
     joint, factors = states.transpose(1, 2).flatten(2), state.factors[kind]
     return (joint if factors is None else factors.project_down(joint)).unsqueeze(1)
 
@@ -182,28 +216,143 @@ def latent_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over latents, by the implementation called `underlying` on rebuilt keys and values."""
+    """Attention over latents, by the implementation called `underlying` wherever whole states serve better."""
     attend = implementation(underlying, module)
     state: LayerState | None = getattr(module, STATE_ATTRIBUTE, None)
     if state is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
     call, state.call = state.call, None
     assert call is not None
-    key, value = rebuild(key, state, "keys"), rebuild(value, state, "values")
+    if state.observe is not None:
+        return observed_attention(attend, state, call, module, query, key, value, attention_mask, **kwargs)
+    if reads_latents(underlying, state, module, query, attention_mask, kwargs):
+        return attention_over_latents(underlying, state, call, query, key, value, attention_mask, **kwargs)
+    return attention_over_states(attend, state, call, module, query, key, value, attention_mask, **kwargs)
+
+
+def reads_latents(
+    underlying: str,
+    state: LayerState,
+    module: nn.Module,
+    query: Float[Tensor, "b h q d"],
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> bool:
+    """Whether attending over latents is cheaper than rebuilding values, and their mathematics is known."""
+    num_rows = query.shape[1] * query.shape[2]
+    few = query.shape[2] == 1 or (mask is not None and num_rows <= state.num_kv_heads * state.head_dim)
+    known = underlying in KNOWN_IMPLEMENTATIONS and not any(kwargs.get(name) is not None for name in UNKNOWN_ARGUMENTS)
+    rebuilds = state.readers["keys"] is None
+    return few and known and not module.training and not (rebuilds and torch.compiler.is_compiling())
+
+
+def attention_over_latents(
+    underlying: str,
+    state: LayerState,
+    call: Call,
+    query: Float[Tensor, "b h q d"],
+    key: Float[Tensor, "b 1 s _"],
+    value: Float[Tensor, "b 1 s _"],
+    mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "b q h d"], Tensor | None]:
+    """Nothing is rebuilt but keys that must be rotated, those a chunk at a time."""
+    reader, values = state.readers["keys"], state.readers["values"]
+    assert values is not None
+    if underlying == "sdpa" and isinstance(call.past, Tensor) and call.first_slot == 0 and key.device.type == "cpu":
+        filled = min(int(call.past) + query.shape[2], key.shape[2])  # of a static cache; reading it is free on a CPU
+        key, value = key[:, :, :filled], value[:, :, :filled]
+        mask = None if mask is None else mask[..., :filled]
+    if reader is not None:
+        scores = scores_of(reader.absorb(query), reader.heads(key))
+    else:
+        factors = state.factors["keys"]
+        assert factors is not None
+        new, cached = turns_of(state, call, query, key)
+        query = turned(in_pairs(query, state), new[:, None])
+        scores = rotated_scores(query, key, factors, state.offsets["keys"], cached)
+    weights = weighted(scores, mask, kwargs.get("scaling", query.shape[-1] ** -0.5), kwargs.get("softcap"))
+    attended = values.restore(mixed(weights, values.heads(value)))
+    return attended.transpose(1, 2).contiguous(), weights if underlying == "eager" else None
+
+
+def turns_of(
+    state: LayerState, call: Call, query: Float[Tensor, "b h q d"], key: Float[Tensor, "b 1 s _"]
+) -> tuple[Complex[Tensor, "#b q p"], Complex[Tensor, "#b s p"]]:
+    """The rotations of the new tokens and of all slots: by slots where only distances count, else by positions."""
+    assert state.rotary is not None
+    assert call.rotation is not None
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if kv_len == q_len or not state.rotary.is_fixed:
+        return call.rotation.turns(), key_rotation(state, call, key, q_len).turns()
+    table = state.turns.at(state.rotary, query, call.first_slot + kv_len)
+    own_slots = call.past + torch.arange(q_len, device=query.device)
+    return table[:, own_slots], table[:, call.first_slot : call.first_slot + kv_len]
+
+
+def in_pairs(states: Float[Tensor, "b h s d"], state: LayerState) -> Float[Tensor, "b h s d"]:
+    """With channels that rotate together side by side, as the keys' factors have them."""
+    return states if state.pair_order is None else states[..., state.pair_order]
+
+
+def attention_over_states(
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    state: LayerState,
+    call: Call,
+    module: nn.Module,
+    query: Float[Tensor, "b h q d"],
+    key: Float[Tensor, "b 1 s _"],
+    value: Float[Tensor, "b 1 s _"],
+    mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "b q h d"], Tensor | None]:
+    """The model's own attention: at the smaller head size where latents stand by kv head, else on rebuilt states."""
+    keys, values = state.readers["keys"], state.readers["values"]
+    kwargs.setdefault("scaling", query.shape[-1] ** -0.5)  # of whole heads, whatever the size of those attended
+    if keys is not None and keys.num_heads == state.num_kv_heads:
+        query, key = keys.absorb(query), keys.heads(key)
+    else:
+        q_len = query.shape[2]
+        key = rebuild(key, state, "keys")
+        if call.rotation is not None:
+            query = turned(in_pairs(query, state), call.rotation.turns()[:, None])
+            key = turned(key, key_rotation(state, call, key, q_len).turns()[:, None])
+    by_head = values if values is not None and values.num_heads == state.num_kv_heads else None
+    value = by_head.heads(value) if by_head else rebuild(value, state, "values")
+    width, value_width = max(key.shape[-1], value.shape[-1]), value.shape[-1]
+    query, key, value = (pad(one, (0, width - one.shape[-1])) for one in (query, key, value))  # kernels want one size
+    attended, weights = attend(module, query, key, value, mask, **kwargs)
+    attended = attended[..., :value_width]
+    if by_head:
+        attended = by_head.restore(attended.transpose(1, 2)).transpose(1, 2).contiguous()
+    return attended, weights
+
+
+def observed_attention(
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    state: LayerState,
+    call: Call,
+    module: nn.Module,
+    query: Float[Tensor, "b h q d"],
+    key: Float[Tensor, "b g s d"],
+    value: Float[Tensor, "b g s d"],
+    mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "b q h d"], Tensor | None]:
+    """The untouched model's attention, shown to the observer."""
+    assert state.observe is not None
+    assert call.inputs is not None
     rotated_key, rotated_query = key, query
     if call.rotation is not None:
-        rotated_key = rotate(key, key_rotation(state, call, key, query.shape[-2]))
-        rotated_query = rotate(query, call.rotation)
-    if state.observe is not None:
+        rotated_key, rotated_query = rotate(key, call.rotation), rotate(query, call.rotation)
 
-        def attend_with(keys: Tensor, values: Tensor) -> Tensor:
-            return attend(module, rotated_query, keys, values, attention_mask, **kwargs)[0]
+    def attend_with(keys: Tensor, values: Tensor) -> Tensor:
+        return attend(module, rotated_query, keys, values, mask, **kwargs)[0]
 
-        assert call.inputs is not None
-        scale = kwargs["scaling"] * query.shape[-1] ** 0.5  # OPT scales its queries itself, not the logits
-        states = (query * scale, key, value, rotated_query * scale, rotated_key)
-        state.observe(Observed(module, call.inputs, *states, call.rotation, attend_with))
-    return attend(module, rotated_query, rotated_key, value, attention_mask, **kwargs)
+    scale = kwargs["scaling"] * query.shape[-1] ** 0.5  # OPT scales its queries itself, not the logits
+    states = (query * scale, key, value, rotated_query * scale, rotated_key)
+    state.observe(Observed(module, call.inputs, *states, call.rotation, attend_with))
+    return attend(module, rotated_query, rotated_key, value, mask, **kwargs)
 
 
 def implementation(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from lorc_core.architecture import Kind
@@ -63,6 +63,21 @@ class Factors:
         own_down = None if self.own_down is None else self.own_down.to(device, dtype)
         mean = None if self.mean is None else self.mean.to(device, dtype)
         return replace(self, up=self.up.to(device, dtype), own_down=own_down, mean=mean)
+
+    def reordered(self, order: Int[Tensor, " d"]) -> "Factors":
+        """For states whose channels of every head stand in another order; real blocks only."""
+
+        def rows(num_heads: int) -> Int[Tensor, " w"]:
+            first = torch.arange(num_heads, device=order.device) * len(order)
+            return (first[:, None] + order).flatten().to(self.up.device)
+
+        of_block, of_all = rows(self.partition.heads_per_block), rows(self.partition.num_kv_heads)
+        return replace(
+            self,
+            up=self.up[of_block],
+            own_down=None if self.own_down is None else self.own_down[:, of_block],
+            mean=None if self.mean is None else self.mean[of_all],
+        )
 
     def project_down(self, states: Float[Tensor, "... n"]) -> Float[Tensor, "... k"]:
         """Latents of the states of all kv heads, block after block."""

@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -30,6 +30,15 @@ class Rotation:
         one = self.cos[:1, :1]
         return torch.ones_like(one), torch.zeros_like(one)
 
+    def turns(self) -> Complex[Tensor, "#b s p"]:
+        """One complex number for each pair of channels, in no less than float32."""
+        dtype = torch.promote_types(self.cos.dtype, torch.float32)
+        num_pairs = self.cos.shape[-1] // 2
+        cos, sin = (
+            (part[..., ::2] if self.interleaved else part[..., :num_pairs]).to(dtype) for part in (self.cos, self.sin)
+        )
+        return torch.complex(cos, sin)
+
 
 @dataclass(frozen=True)
 class LayerRotation:
@@ -43,7 +52,7 @@ class LayerRotation:
     rotary: Rotary
     module: nn.Module | None
 
-    def __call__(self, like: Float[Tensor, "b g s d"], positions: Int[Tensor, "#b s"]) -> Rotation:
+    def __call__(self, like: Float[Tensor, "..."], positions: Int[Tensor, "b s"]) -> Rotation:
         """The rotation at some positions, in the dtype and on the device of `like`."""
         interleaved, layer_type = self.rotary.interleaved, self.rotary.layer_type
         if self.module is not None:
@@ -55,12 +64,48 @@ class LayerRotation:
         angles = angles.repeat_interleave(2, dim=-1) if interleaved else torch.cat([angles, angles], dim=-1)
         return Rotation(angles.cos().to(like.dtype), angles.sin().to(like.dtype), interleaved)
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the angles depend on the position alone, not on the length of the text."""
+        kind = getattr(self.module, "rope_type", "default")
+        return (kind if isinstance(kind, str) else kind[self.rotary.layer_type]) not in ("dynamic", "longrope")
+
+    def pair_order(self, head_dim: int) -> Int[Tensor, " d"] | None:
+        """The channels of a head with those of a pair side by side; None where they stand so."""
+        turned = torch.arange(self.rotary.num_channels)
+        if self.rotary.interleaved:
+            return None
+        return torch.cat([turned.view(2, -1).T.flatten(), torch.arange(self.rotary.num_channels, head_dim)])
+
     def of_call(self, inputs: Float[Tensor, "b q i"], kwargs: Mapping[str, Any]) -> Rotation:
         """The rotation of the new tokens in a call of the attention module."""
         if self.module is not None:
             cos, sin = kwargs["position_embeddings"]
             return Rotation(cos, sin, self.rotary.interleaved)
         return self(inputs, kwargs["position_ids"])
+
+
+class SlotTurns:
+    """The rotations of all slots of a cache, as if slots were positions, kept from call to call.
+
+    Dot products of rotated queries and keys depend on the distance of their positions alone, and that is the distance
+    of their slots, so one table serves all layers, rows and calls.
+    """
+
+    BLOCK = 1024  # slots; a table is computed anew when it has grown by so many
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[Rotary, torch.device, torch.dtype], Complex[Tensor, "1 s p"]] = {}
+
+    def at(self, rotation: LayerRotation, like: Float[Tensor, "b h q d"], num_slots: int) -> Complex[Tensor, "1 s p"]:
+        """The turns of slots 0 .. `num_slots` - 1 and some more."""
+        key = (rotation.rotary, like.device, torch.promote_types(like.dtype, torch.float32))
+        table = self._tables.get(key)
+        if table is None or table.shape[1] < num_slots:
+            length = -(-num_slots // self.BLOCK) * self.BLOCK
+            positions = torch.arange(length, device=like.device)[None]
+            self._tables[key] = table = rotation(like.to(key[2]), positions).turns()
+        return table
 
 
 class RowPositions:

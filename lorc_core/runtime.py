@@ -30,7 +30,7 @@ from lorc_core.latent_attention import (
     latent_attention,
 )
 from lorc_core.rebuilding import RebuildingCache
-from lorc_core.rotation import LayerRotation, RowPositions
+from lorc_core.rotation import LayerRotation, RowPositions, SlotTurns
 from lorc_core.variant import Variant
 
 PREFIX = "lorc_"
@@ -90,6 +90,7 @@ class Attachment:
         self._handles: list[RemovableHandle] = []
         self._modules: list[nn.Module] = []
         self._positions = RowPositions()
+        self._turns = SlotTurns()
 
     def detach(self) -> None:
         """Restore the model bit for bit. Doing so twice is harmless."""
@@ -115,7 +116,16 @@ class Attachment:
         module = base.get_submodule(self.architecture.attention_module(layer_idx))
         placed_at = (execution_device(module), next(module.parameters()).dtype)
         rotary = self._rotation(layer_idx)
-        state = LayerState(placed_at, rotary, self.architecture.num_kv_heads, self._positions, observe=observe)
+        state = LayerState(
+            placed_at,
+            rotary,
+            self.architecture.num_kv_heads,
+            self.architecture.head_dim,
+            self.architecture.family.interface,
+            self._positions,
+            self._turns,
+            observe=observe,
+        )
         state.use(factors)
         setattr(module, STATE_ATTRIBUTE, state)
         self._modules.append(module)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import lorc_core
 from lorc_core.architecture import KINDS, architecture_of
 from lorc_core.errors import ConfigError
-from lorc_core.latent_attention import LatentCache, key_rotation
+from lorc_core.latent_attention import LatentCache, turns_of
 from lorc_core.methods import METHODS
 from lorc_core.schedule import Uniform
 from lorc_core.spectra import LayerRanks, RankSchedule
@@ -161,11 +161,11 @@ def test_both_attention_implementations_agree(implementation):
 def test_a_wrong_key_position_is_seen(monkeypatch):
     """The control: keys rotated by their slots as if nothing had been cached before fail the bound."""
 
-    def wrong(state, call, keys, q_len):
+    def wrong(state, call, query, key):
         call.past = 0
-        return key_rotation(state, call, keys, q_len)
+        return turns_of(state, call, query, key)
 
-    monkeypatch.setattr("lorc_core.latent_attention.key_rotation", wrong)
+    monkeypatch.setattr("lorc_core.latent_attention.turns_of", wrong)
     model = tiny_model("llama")
     with lorc_core.attach(model, lorc_core.compress(model, "lorc", schedule="uniform")):
         difference = token_by_token(model, tokens(model), 7) - one_pass(model, tokens(model), use_cache=False)

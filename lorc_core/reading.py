@@ -1,0 +1,137 @@
+"""Read a cache of latents without rebuilding what they stand for.
+
+Where keys are cached as they are read (after the rotation, or without one) queries absorb their factors, and outputs
+those of the values. Keys cached before the rotation are rebuilt and rotated a few at a time.
+
+Shapes: B batch, H query heads, G kv heads, D head_dim, Q new tokens, S cached and new tokens, N = G * D, L latent
+heads, R latents of each, P pairs of rotated channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from lorc_core.projection import Factors
+
+# Rebuilt keys held at once: a CPU's second-level cache, or enough to keep a GPU busy.
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How the query heads of one layer read its latents of one kind.
+
+    Attributes:
+        num_heads: L. One for each block where blocks are heads or equal groups of them, else one for all.
+        up: What each kv head's states are made of; None where whole states are cached.
+        offset: What rebuilt states lack; None for nothing.
+    """
+
+    num_heads: int
+    up: Float[Tensor, "g d r"] | None
+    offset: Float[Tensor, "g d"] | None
+
+    def heads(self, latents: Float[Tensor, "b 1 s k"]) -> Float[Tensor, "b l s r"]:
+        """A view of the cache by latent heads."""
+        return latents.squeeze(1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def absorb(self, query: Float[Tensor, "b h q d"]) -> Float[Tensor, "b h q r"]:
+        """Queries for latents: q . (up l) = (up^T q) . l."""
+        if self.up is None:
+            return query
+        by_kv_head = query.reshape(len(query), len(self.up), -1, query.shape[-1])
+        return (by_kv_head @ self.up).reshape(*query.shape[:3], -1)
+
+    def restore(self, attended: Float[Tensor, "b h q r"]) -> Float[Tensor, "b h q d"]:
+        """The attention output for values, from that for their latents; attention weights sum to one."""
+        if self.up is None:
+            return attended
+        found = attended.reshape(len(attended), len(self.up), -1, attended.shape[-1]) @ self.up.mT
+        if self.offset is not None:
+            found = found + self.offset[:, None]
+        return found.reshape(*attended.shape[:3], -1)
+
+
+def reader_of(
+    factors: Factors | None, offset: Float[Tensor, " n"] | None, num_kv_heads: int, *, by_block: bool = True
+) -> Reader:
+    """The reader of latents made by these factors, or of whole states."""
+    if factors is None:
+        return Reader(num_kv_heads, None, None)
+    if offset is not None:
+        offset = offset.unflatten(0, (num_kv_heads, -1))
+    num_blocks = len(factors.ranks)
+    if by_block and num_blocks > 1 and factors.partition.block != "frequency" and len(set(factors.ranks)) == 1:
+        of_blocks = factors.up.unflatten(1, (num_blocks, -1)).transpose(0, 1)  # (L, W, R), W the heads of a block
+        return Reader(num_blocks, of_blocks.reshape(num_kv_heads, -1, of_blocks.shape[-1]), offset)
+    identity = torch.eye(sum(factors.ranks), dtype=factors.up.dtype, device=factors.up.device)
+    return Reader(1, factors.rebuild(identity).T.unflatten(0, (num_kv_heads, -1)).contiguous(), offset)
+
+
+def scores_of(query: Float[Tensor, "b h q r"], heads: Float[Tensor, "b l s r"]) -> Float[Tensor, "b h q s"]:
+    """Dot products of every query head with the keys of its latent head."""
+    grouped = query.reshape(len(query), heads.shape[1], -1, query.shape[-1])
+    return (grouped @ heads.mT).view(*query.shape[:3], -1)
+
+
+def mixed(weights: Float[Tensor, "b h q s"], heads: Float[Tensor, "b l s r"]) -> Float[Tensor, "b h q r"]:
+    """Latents of the values, weighted by the attention of every query head."""
+    grouped = weights.reshape(len(weights), heads.shape[1], -1, weights.shape[-1])
+    return (grouped @ heads).view(*weights.shape[:3], -1)
+
+
+def rotated_scores(
+    query: Float[Tensor, "b h q d"],
+    latents: Float[Tensor, "b 1 s k"],
+    factors: Factors,
+    offset: Float[Tensor, " n"] | None,
+    turns: Complex[Tensor, "#b s p"],
+) -> Float[Tensor, "b h q s"]:
+    """Dot products of rotated queries with keys that are rebuilt and rotated a chunk at a time.
+
+    Args:
+        query: Rotated, with the channels of a pair side by side, as the factors have them.
+        latents: The cache.
+        factors: Of the keys.
+        offset: What rebuilt keys lack.
+        turns: Of every slot.
+    """
+    joint, head_dim = latents.squeeze(1), query.shape[-1]
+    scores = query.new_empty(*query.shape[:3], joint.shape[1])
+    row_bytes = len(joint) * factors.partition.kv_width * max(joint.element_size(), 4)
+    chunk = max(1, CHUNK_BYTES["cpu" if joint.device.type == "cpu" else "cuda"] // row_bytes)
+    for start in range(0, joint.shape[1], chunk):
+        part = slice(start, start + chunk)
+        keys = factors.rebuild(joint[:, part])
+        keys = (keys if offset is None else keys + offset).unflatten(-1, (-1, head_dim))
+        scores[..., part] = scores_of(query, turned(keys, turns[:, part, None]).transpose(1, 2))
+    return scores
+
+
+def turned(states: Float[Tensor, "*s d"], turns: Complex[Tensor, "*#s p"]) -> Float[Tensor, "*s d"]:
+    """Rotary embedding of states whose pairs of channels stand side by side; channels past the pairs are passed."""
+    num_channels = 2 * turns.shape[-1]
+    pairs = states[..., :num_channels].unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # inductor has no complex numbers
+        a, b, cos, sin = pairs[..., 0], pairs[..., 1], turns.real, turns.imag
+        found = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        found = torch.view_as_real(torch.view_as_complex(pairs.to(turns.real.dtype)) * turns)
+    found = found.flatten(-2).to(states.dtype)
+    return torch.cat([found, states[..., num_channels:]], dim=-1) if num_channels < states.shape[-1] else found
+
+
+def weighted(
+    scores: Float[Tensor, "b h q s"], mask: Tensor | None, scaling: float, softcap: float | None
+) -> Float[Tensor, "b h q s"]:
+    """Attention weights, as transformers' eager attention computes them; masks are boolean or added."""
+    scores = scores * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, torch.finfo(scores.dtype).min).to(scores.dtype)
+        scores = scores + mask
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
