@@ -142,6 +142,28 @@ def bench_svd() -> None:
     bench_svd_main()
 
 
+@bench.command("decode")
+def bench_decode(
+    model: Annotated[Path | None, typer.Option(help="A model's directory; else random weights of --shape.")] = None,
+    variant: Annotated[Path | None, typer.Option(help="One variant of it, instead of random factors.")] = None,
+    shape: Annotated[str, typer.Option(help="small, or llama-3-8b.")] = "small",
+    layers: Annotated[int | None, typer.Option(help="Fewer layers than the shape has.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    cache: Annotated[list[str], typer.Option(help="static, growing, or both.")] = ["static", "growing"],  # noqa: B006
+    context: Annotated[list[int], typer.Option(help="Cached tokens; give several for a curve.")] = [8192],  # noqa: B006
+    batch_size: Annotated[list[int], typer.Option(help="Rows; give several to compare.")] = [1],  # noqa: B006
+    tokens: Annotated[int, typer.Option(help="New tokens timed.", min=1)] = 16,
+    prefill: Annotated[int, typer.Option(help="Tokens of the prefill.", min=1)] = 2048,
+    plot: Annotated[Path | None, typer.Option(help="Draw speed and memory over the context to this .png.")] = None,
+) -> None:
+    """Tokens per second, prefill time and cache bytes of variants against the untouched model."""
+    from jobs.bench_decode import Settings
+    from jobs.bench_decode import main as bench_decode_main
+
+    settings = Settings(model, variant, shape, layers, dtype, cache, context, batch_size, tokens, prefill)
+    bench_decode_main(settings, plot)
+
+
 @bench.command("calibrate")
 def bench_calibrate() -> None:
     """Calibration against a plain forward pass over the same tokens, and its peak memory."""

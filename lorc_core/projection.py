@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lorc_core.architecture import Kind
 from lorc_core.blocks import Partition
@@ -90,7 +91,8 @@ class Factors:
     def rebuild(self, latents: Float[Tensor, "... k"]) -> Float[Tensor, "... n"]:
         """The states that latents stand for, without the offset."""
         if len(self.ranks) == 1:
-            return self.partition.join((latents @ self.up.T).unsqueeze(-2))
+            rows = linear(latents.reshape(-1, latents.shape[-1]), self.up)  # one matrix product, not one for each row
+            return self.partition.join(rows.view(*latents.shape[:-1], 1, -1))
         if self._slots is not None:
             padded = latents.new_zeros(*latents.shape[:-1], len(self.ranks) * max(self.ranks))
             latents = padded.index_copy(-1, self._slots.to(latents.device), latents)

@@ -105,18 +105,24 @@ def rotated_scores(
     for start in range(0, joint.shape[1], chunk):
         part = slice(start, start + chunk)
         keys = factors.rebuild(joint[:, part])
-        keys = (keys if offset is None else keys + offset).unflatten(-1, (-1, head_dim))
-        scores[..., part] = scores_of(query, turned(keys, turns[:, part, None]).transpose(1, 2))
+        keys = keys if offset is None else keys + offset
+        keys = turned(keys.unflatten(-1, (-1, head_dim)), turns[:, part, None], overwrite=True)
+        scores[..., part] = scores_of(query, keys.transpose(1, 2))
     return scores
 
 
-def turned(states: Float[Tensor, "*s d"], turns: Complex[Tensor, "*#s p"]) -> Float[Tensor, "*s d"]:
+def turned(
+    states: Float[Tensor, "*s d"], turns: Complex[Tensor, "*#s p"], *, overwrite: bool = False
+) -> Float[Tensor, "*s d"]:
     """Rotary embedding of states whose pairs of channels stand side by side; channels past the pairs are passed."""
     num_channels = 2 * turns.shape[-1]
     pairs = states[..., :num_channels].unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # inductor has no complex numbers
         a, b, cos, sin = pairs[..., 0], pairs[..., 1], turns.real, turns.imag
         found = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    elif overwrite and states.dtype == turns.real.dtype:
+        torch.view_as_complex(pairs).mul_(turns)
+        return states
     else:
         found = torch.view_as_real(torch.view_as_complex(pairs.to(turns.real.dtype)) * turns)
     found = found.flatten(-2).to(states.dtype)
@@ -131,7 +137,6 @@ def weighted(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.where(mask, 0.0, torch.finfo(scores.dtype).min).to(scores.dtype)
-        scores = scores + mask
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
