@@ -10,7 +10,6 @@ Shapes: B batch, H query heads, G kv heads, D head_dim, Q new tokens, S cached a
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -68,7 +67,8 @@ LayerFactors = dict[Kind, Factors | None]
 class LayerState:
     """The factors of one attention module, on its device, what looks at it, and the call in progress.
 
-    `attends` says whether the module calls `latent_attention`; else it attends by itself, on whole states.
+    `attends` says whether the module calls `latent_attention`; else it attends by itself, on whole states. Of
+    `readers`, that of keys is None where they must be rebuilt to be rotated.
     """
 
     placed_at: tuple[torch.device, torch.dtype]
@@ -81,6 +81,14 @@ class LayerState:
     factors: LayerFactors = field(default_factory=lambda: dict.fromkeys(KINDS))
     observe: Callable[[Observed], None] | None = None
     call: Call | None = None
+    order: Int[Tensor, " d"] | None = None
+    offsets: dict[Kind, Tensor | None] = field(default_factory=dict)
+    readers: dict[Kind, Reader | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        order = self.rotary.pair_order(self.head_dim) if self.rotary is not None else None
+        self.order = None if order is None else order.to(self.placed_at[0])
+        self.use(self.factors)
 
     @property
     def compresses(self) -> bool:
@@ -92,36 +100,22 @@ class LayerState:
         keys = self.factors["keys"]
         return self.rotary is not None and (self.observe is not None or (keys is not None and not keys.rotated))
 
-    @cached_property
+    @property
     def pair_order(self) -> Int[Tensor, " d"] | None:
         """The order of a head's channels in which keys are projected before the rotation; None as they come."""
-        keys = self.factors["keys"]
-        if not self.attends or self.rotary is None or keys is None or keys.rotated:
-            return None
-        order = self.rotary.pair_order(self.head_dim)
-        return None if order is None else order.to(self.placed_at[0])
-
-    @cached_property
-    def offsets(self) -> dict[Kind, Tensor | None]:
-        return {kind: found.offset() if found else None for kind, found in self.factors.items()}
-
-    @cached_property
-    def readers(self) -> dict[Kind, Reader | None]:
-        """None for keys that must be rebuilt to be rotated."""
-        found: dict[Kind, Reader | None] = {
-            kind: reader_of(self.factors[kind], self.offsets[kind], self.num_kv_heads) for kind in KINDS
-        }
-        return found | {"keys": None} if self.unrotates_keys else found
+        return self.order if self.attends and self.factors["keys"] is not None and self.unrotates_keys else None
 
     def use(self, factors: LayerFactors) -> None:
         """Take other factors, wherever they are."""
         device, dtype = self.placed_at
         self.factors = {kind: found.to(device, dtype) if found else None for kind, found in factors.items()}
-        for name in ("pair_order", "offsets", "readers"):
-            self.__dict__.pop(name, None)
         if self.pair_order is not None:
             assert self.factors["keys"] is not None
             self.factors["keys"] = self.factors["keys"].reordered(self.pair_order)
+        self.offsets = {kind: found.offset() if found else None for kind, found in self.factors.items()}
+        self.readers = {kind: reader_of(self.factors[kind], self.offsets[kind], self.num_kv_heads) for kind in KINDS}
+        if self.unrotates_keys:
+            self.readers["keys"] = None
 
 
 class LatentCache:
@@ -219,7 +213,7 @@ def latent_attention(
     """Attention over latents, by the implementation called `underlying` wherever whole states serve better."""
     attend = implementation(underlying, module)
     state: LayerState | None = getattr(module, STATE_ATTRIBUTE, None)
-    if state is None:
+    if state is None or (state.observe is None and not state.compresses):
         return attend(module, query, key, value, attention_mask, **kwargs)
     call, state.call = state.call, None
     assert call is not None

@@ -54,16 +54,14 @@ class Reader:
         return found.reshape(*attended.shape[:3], -1)
 
 
-def reader_of(
-    factors: Factors | None, offset: Float[Tensor, " n"] | None, num_kv_heads: int, *, by_block: bool = True
-) -> Reader:
+def reader_of(factors: Factors | None, offset: Float[Tensor, " n"] | None, num_kv_heads: int) -> Reader:
     """The reader of latents made by these factors, or of whole states."""
     if factors is None:
         return Reader(num_kv_heads, None, None)
     if offset is not None:
         offset = offset.unflatten(0, (num_kv_heads, -1))
     num_blocks = len(factors.ranks)
-    if by_block and num_blocks > 1 and factors.partition.block != "frequency" and len(set(factors.ranks)) == 1:
+    if factors.partition.block != "frequency" and len(set(factors.ranks)) == 1:
         of_blocks = factors.up.unflatten(1, (num_blocks, -1)).transpose(0, 1)  # (L, W, R), W the heads of a block
         return Reader(num_blocks, of_blocks.reshape(num_kv_heads, -1, of_blocks.shape[-1]), offset)
     identity = torch.eye(sum(factors.ranks), dtype=factors.up.dtype, device=factors.up.device)

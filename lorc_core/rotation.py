@@ -103,8 +103,9 @@ class SlotTurns:
         table = self._tables.get(key)
         if table is None or table.shape[1] < num_slots:
             length = -(-num_slots // self.BLOCK) * self.BLOCK
-            positions = torch.arange(length, device=like.device)[None]
-            self._tables[key] = table = rotation(like.to(key[2]), positions).turns()
+            with torch.inference_mode(mode=False):  # it may serve training later
+                positions = torch.arange(length, device=like.device)[None]
+                self._tables[key] = table = rotation(torch.empty(0, device=key[1], dtype=key[2]), positions).turns()
         return table
 
 

@@ -115,18 +115,17 @@ class Attachment:
         base = self.model.base_model
         module = base.get_submodule(self.architecture.attention_module(layer_idx))
         placed_at = (execution_device(module), next(module.parameters()).dtype)
-        rotary = self._rotation(layer_idx)
         state = LayerState(
             placed_at,
-            rotary,
+            self._rotation(layer_idx),
             self.architecture.num_kv_heads,
             self.architecture.head_dim,
             self.architecture.family.interface,
             self._positions,
             self._turns,
+            factors=factors,
             observe=observe,
         )
-        state.use(factors)
         setattr(module, STATE_ATTRIBUTE, state)
         self._modules.append(module)
         hook = partial(enter_attention, state, self.architecture)
