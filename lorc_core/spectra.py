@@ -32,6 +32,13 @@ class KindSpectrum:
     states: Energies = ()
     read: Energies = ()
 
+    @classmethod
+    def of_flat(cls, partition: Partition, log10_condition: float, *energies: Sequence[float]) -> "KindSpectrum":
+        """From the energies of one block after another: the weight's, the states' and those of what is read."""
+        width = partition.width
+        by_block = (tuple(tuple(one[at : at + width]) for at in range(0, len(one), width)) for one in energies)
+        return cls(partition, log10_condition, *by_block)
+
 
 @dataclass(frozen=True)
 class LayerSpectrum:

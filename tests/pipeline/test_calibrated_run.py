@@ -8,8 +8,8 @@ import torch
 
 import lorc_core
 from lorc_core.methods import METHODS
+from pipeline.artifacts import load_moments
 from pipeline.results import results
-from pipeline.tasks import load_moments
 from pipeline.zoo import load_zoo
 from pipeline.zoo_run import run_zoo
 from tests.conftest import DEMO, save_tiny_model
