@@ -13,6 +13,7 @@ from typing import Any
 
 from lorc_core.architecture import KINDS, Kind
 from lorc_core.blocks import Partition
+from lorc_core.errors import NumericsError
 
 Energies = tuple[tuple[float, ...], ...]
 
@@ -117,6 +118,21 @@ class Probes:
                 for layer in saved["curves"]
             ),
         )
+
+    def check_finite(self) -> None:
+        """Raise NumericsError where a measurement is NaN or infinite, naming the layer."""
+        measured = {
+            f"layer {idx}: the attention error": [level.error for level in levels]
+            for idx, levels in enumerate(self.errors)
+        }
+        for kind in KINDS:
+            for idx, channels in enumerate(self.fisher):
+                measured[f"layer {idx} {kind}: the Fisher information"] = list(channels[kind])
+            for idx, curves in enumerate(self.curves):
+                measured[f"layer {idx} {kind}: the loss curve"] = [point.rise for point in curves[kind]]
+        for what, numbers in measured.items():
+            if not all(map(math.isfinite, numbers)):
+                raise NumericsError(f"{what} measured on the calibration text holds NaN or infinity")
 
 
 @dataclass(frozen=True)
