@@ -160,9 +160,14 @@ Rise of the loss over the uncompressed model in nats per token, with its paired 
 0.4 of all cached floats, scored through the cache. Written by `python -m jobs.quality`.
 
 The first quarter of each text calibrates, with {num_windows} windows of {window_tokens} tokens; the rest is evaluated;
-windows are drawn with seed {seed}. TinyStories are separated by each tokenizer's begin mark, as the models were
-trained. `sensitivity` has {rounds} round of exchanges; `matryoshka` is trained once, from `kq_joint`, for all budgets.
-The least rise of each budget is in bold. "kept": where ranks of equal heads cannot come closer to the budget than that.
+windows are drawn with seed {seed}. `sensitivity` has {rounds} round of exchanges; `matryoshka` is trained once, from
+`kq_joint`, for all budgets. The least rise of each budget is in bold. "kept": where ranks of equal heads cannot come
+closer to the budget than that.
+
+Marks: every TinyStories document begins with the tokenizer's begin mark and has no end mark. llama2.c trains so, and
+stories260K and babyllama-tok361 are its models. How TinyStories-656K-np was trained is not known; it gets the same
+marks because an end mark raised its baseline loss by about 0.1 nats. The text of stdlib-llama-d64 is token ids, taken
+as they are.
 """
 
 TEXT = "`{name}`: {num_windows} windows are evaluated; schedules that measure use {probe_windows} calibration windows."

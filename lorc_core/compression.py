@@ -3,6 +3,7 @@
 The pipeline runs the same functions as separate steps on many machines.
 """
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def compress(
     calibration: Int[Tensor, "sequences tokens"] | Path | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Variant:
-    """Compress a model's key-value cache; its weights are never changed.
+    """Compress a model's key-value cache; its weights are never changed, nor its modules' training modes.
 
     Args:
         model_or_dir: A loaded model, or a transformers directory with safetensors. Of a directory only the layers'
@@ -144,25 +145,26 @@ def compress(
         base = BaseModel(source=str(directory), revision=None, fingerprint=fingerprint)
     chosen_method.check(architecture)
     chosen_method.check_schedule(chosen)
-    measuring = None
-    if chosen_method.needs_calibration or chosen.probe is not None:
-        if calibration is None:
-            needs = f"method {chosen_method.name}" if chosen_method.needs_calibration else f"schedule {chosen.name}"
-            raise ConfigError(f"{needs} needs calibration text: pass calibration=token ids or a text file's path")
-        from lorc_core.measuring import Measuring  # transformers' modelling code takes seconds
+    with ExitStack() as stack:
+        measuring = None
+        if chosen_method.needs_calibration or chosen.probe is not None:
+            if calibration is None:
+                needs = f"method {chosen_method.name}" if chosen_method.needs_calibration else f"schedule {chosen.name}"
+                raise ConfigError(f"{needs} needs calibration text: pass calibration=token ids or a text file's path")
+            from lorc_core.measuring import Measuring  # transformers' modelling code takes seconds
 
-        measuring = Measuring(model_or_dir, calibration)
-    calibrated = measuring.moments(chosen_method) if measuring and chosen_method.needs_calibration else None
-    layers = [
-        decompose_layer(source, architecture, idx, chosen_method, calibrated[idx] if calibrated else None)
-        for idx in range(architecture.num_layers)
-    ]
-    layers, adapters = measuring.trained(chosen_method, layers) if measuring else (layers, {})
-    spectra = [layer_spectrum(layer) for layer in layers]
-    probes = measuring.probes(chosen, layers) if measuring else None
-    ranks = chosen.ranks(spectra, kept_fraction, probes)
-    if measuring:
-        ranks = measuring.refine(chosen, ranks, layers)
+            measuring = stack.enter_context(Measuring(model_or_dir, calibration))
+        calibrated = measuring.moments(chosen_method) if measuring and chosen_method.needs_calibration else None
+        layers = [
+            decompose_layer(source, architecture, idx, chosen_method, calibrated[idx] if calibrated else None)
+            for idx in range(architecture.num_layers)
+        ]
+        layers, adapters = measuring.trained(chosen_method, layers) if measuring else (layers, {})
+        spectra = [layer_spectrum(layer) for layer in layers]
+        probes = measuring.probes(chosen, layers) if measuring else None
+        ranks = chosen.ranks(spectra, kept_fraction, probes)
+        if measuring:
+            ranks = measuring.refine(chosen, ranks, layers)
     factors = tuple(slice_layer(layer, layer_idx, ranks, dtype) for layer_idx, layer in enumerate(layers))
     adapters = {name: tensor.to(dtype) for name, tensor in adapters.items()}
     return Variant(base, architecture, chosen_method, asdict(chosen), ranks, factors, adapters)

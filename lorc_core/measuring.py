@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from jaxtyping import Int
@@ -37,10 +38,10 @@ def loss_at_ranks(
 
 
 class Measuring:
-    """A model with its calibration text.
+    """A model with its calibration text, in evaluation mode until the end of the `with` block.
 
     Args:
-        model_or_dir: A loaded model, or the directory to load one from.
+        model_or_dir: A loaded model, whose modules get their own modes back, or the directory to load one from.
         calibration: Token ids (sequences, tokens), or a text file's path.
 
     Raises:
@@ -51,11 +52,22 @@ class Measuring:
         self, model_or_dir: PreTrainedModel | Path | str, calibration: Int[Tensor, "s t"] | Path | str
     ) -> None:
         if isinstance(model_or_dir, PreTrainedModel):
-            self.model = model_or_dir.eval()
+            self.model = model_or_dir
         else:
-            self.model = AutoModelForCausalLM.from_pretrained(model_or_dir).eval()
+            self.model = AutoModelForCausalLM.from_pretrained(model_or_dir)
         self.architecture = architecture_of(self.model.config)
         self.sequences = calibration_sequences(calibration, self.model.name_or_path, self.architecture)
+
+    def __enter__(self) -> "Measuring":
+        self.modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for module, mode in self.modes.items():
+            module.training = mode
 
     @cached_property
     def batches(self) -> list[Int[Tensor, "_ _"]]:

@@ -6,6 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Int
@@ -200,13 +201,37 @@ def loss_curves(
         layers: Decomposed by one method.
         batches: Token ids of sequences of one length.
 
+    Raises:
+        NumericsError: A loss is not finite; the message names the first layer whose inputs are not, or the one that
+            was compressed.
+
     Source: LoRC, arXiv 2410.03111, Figure 3
     """
-    baseline = mean_loss(model, batches)
+    try:
+        baseline = mean_loss(model, batches)
+    except NumericsError:
+        check_layers(model, batches)
+        raise
     return tuple(
         {kind: loss_curve(model, layers, (layer_idx, kind), batches, baseline) for kind in KINDS}
         for layer_idx in range(len(layers))
     )
+
+
+@torch.no_grad()
+def check_layers(model: PreTrainedModel, batches: Batches) -> None:
+    """Raise NumericsError that names the first layer whose attention gets NaN or infinity, if any does."""
+    architecture = architecture_of(model.config)
+    observers = [partial(check_layer, layer_idx) for layer_idx in range(architecture.num_layers)]
+    untouched: list[LayerFactors] = [dict.fromkeys(KINDS)] * architecture.num_layers
+    with Attachment(model, architecture, untouched, observers).start():
+        for batch in batches:
+            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+
+
+def check_layer(layer_idx: int, seen: Observed) -> None:
+    if not all(torch.isfinite(states).all() for states in (seen.inputs, seen.query, seen.key, seen.value)):
+        raise NumericsError(f"layer {layer_idx}: the attention gets NaN or infinity on the calibration text")
 
 
 def loss_curve(
@@ -227,7 +252,11 @@ def loss_curve(
         factors: list[LayerFactors] = [dict.fromkeys(KINDS) for _ in layers]
         factors[layer_idx][kind] = layers[layer_idx][kind].factors(stair.ranks(steps))
         with Attachment(model, architecture, factors).start():
-            points.append(CurvePoint(stair.totals[steps - 1], mean_loss(model, batches) - baseline))
+            try:
+                loss = mean_loss(model, batches)
+            except NumericsError as error:
+                raise NumericsError(f"layer {layer_idx} {kind}, compressed alone: {error}") from error
+        points.append(CurvePoint(stair.totals[steps - 1], loss - baseline))
     return tuple(points)
 
 

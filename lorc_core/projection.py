@@ -22,12 +22,14 @@ from lorc_core.blocks import Partition
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.methods import Reader
 from lorc_core.moments import Moments
-from lorc_core.spectra import Energies, KindSpectrum, LayerSpectrum
+from lorc_core.spectra import KindSpectrum, LayerSpectrum
 
 # The Gram route squares the condition number. Worst relative error of a singular value of a 1024 x 8192 matrix:
 # 4.6e-11 at kappa 3e3, 3.8e-6 at 1e6; by QR + SVD 9.5e-15 and 2.0e-12 (`lorc bench svd`).
 MAX_GRAM_CONDITION = 3e3
 MIN_RELATIVE_EIGENVALUE = 1e-12  # below this a direction of a second moment counts as empty
+
+ENERGIES = ("weight_energies", "state_energies", "read_energies")  # fields of a `Decomposition`
 
 Route = Literal["gram", "qr"]
 
@@ -183,16 +185,8 @@ def layer_spectrum(layer: LayerDecomposition) -> LayerSpectrum:
 
 
 def kind_spectrum(found: Decomposition) -> KindSpectrum:
-    def nested(energies: Float[Tensor, "b w"]) -> Energies:
-        return tuple(map(tuple, energies.tolist()))
-
-    return KindSpectrum(
-        partition=found.partition,
-        log10_condition=found.log10_condition,
-        weights=nested(found.weight_energies),
-        states=nested(found.state_energies),
-        read=nested(found.read_energies),
-    )
+    energies = (getattr(found, name).flatten().tolist() for name in ENERGIES)
+    return KindSpectrum.of_flat(found.partition, found.log10_condition, *energies)
 
 
 def decompose(

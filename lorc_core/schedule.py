@@ -66,7 +66,8 @@ class Schedule(ABC):
         Raises:
             ConfigError: The target is out of reach (the message gives the range), a field does not fit the model, or
                 a measurement is absent.
-            NumericsError: The schedule is undefined for these spectra; the message names the layer.
+            NumericsError: The schedule is undefined for these spectra, or a measurement is not finite; the message
+                names the layer.
         """
         check_kept_fraction(kept_fraction)
         width = spectra[0].kv_width
@@ -74,6 +75,7 @@ class Schedule(ABC):
         probes = probes or Probes()
         if self.probe is not None and not getattr(probes, self.probe):
             raise ConfigError(f"the {self.name} schedule needs calibration text")
+        probes.check_finite()
         stairs = self.stairs(spectra, probes)
         climb = self.climb(spectra, stairs, probes)
         share = fit(climb, stairs, kept_fraction, self.name)

@@ -13,6 +13,7 @@ from typing import Any
 
 from lorc_core.architecture import KINDS, Kind
 from lorc_core.blocks import Partition
+from lorc_core.errors import NumericsError
 
 Energies = tuple[tuple[float, ...], ...]
 
@@ -31,6 +32,13 @@ class KindSpectrum:
     weights: Energies = ()
     states: Energies = ()
     read: Energies = ()
+
+    @classmethod
+    def of_flat(cls, partition: Partition, log10_condition: float, *energies: Sequence[float]) -> "KindSpectrum":
+        """From the energies of one block after another: the weight's, the states' and those of what is read."""
+        width = partition.width
+        by_block = (tuple(tuple(one[at : at + width]) for at in range(0, len(one), width)) for one in energies)
+        return cls(partition, log10_condition, *by_block)
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,21 @@ class Probes:
                 for layer in saved["curves"]
             ),
         )
+
+    def check_finite(self) -> None:
+        """Raise NumericsError where a measurement is NaN or infinite, naming the layer."""
+        measured = {
+            f"layer {idx}: the attention error": [level.error for level in levels]
+            for idx, levels in enumerate(self.errors)
+        }
+        for kind in KINDS:
+            for idx, channels in enumerate(self.fisher):
+                measured[f"layer {idx} {kind}: the Fisher information"] = list(channels[kind])
+            for idx, curves in enumerate(self.curves):
+                measured[f"layer {idx} {kind}: the loss curve"] = [point.rise for point in curves[kind]]
+        for what, numbers in measured.items():
+            if not all(map(math.isfinite, numbers)):
+                raise NumericsError(f"{what} measured on the calibration text holds NaN or infinity")
 
 
 @dataclass(frozen=True)

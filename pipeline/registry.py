@@ -27,6 +27,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from lorc_core.errors import ArtifactError, ConfigError
 from lorc_core.variant import load_variant
+from pipeline.artifacts import WINDOWS_FILE
 from pipeline.gates import reasons_to_refuse, text_rise
 from pipeline.tables import read_rows
 from pipeline.zoo import Gates
@@ -208,7 +209,7 @@ def log_files(
         shutil.copy(evaluation / "window_losses.parquet", scratch / "evaluation")
         shutil.copy(evaluation / "scores.parquet", scratch / "evaluation")
         for text, directory in windows.items():
-            shutil.copy(directory / "windows.npy", scratch / "evaluation" / f"{text}.npy")
+            shutil.copy(directory / WINDOWS_FILE, scratch / "evaluation" / f"{text}.npy")
         client.log_artifacts(run_id, str(scratch / "evaluation"), EVALUATION_PATH)
 
 

@@ -41,12 +41,21 @@ class Batch:
 def cluster(address: str | None) -> Iterator[None]:
     """Connect to the Ray cluster at `address` or $RAY_ADDRESS, or start one for this process alone.
 
-    Ray's telemetry is off, and a cluster started here asks for a token that no one else has.
+    A process that is connected already, a notebook say, stays so, and its workers keep what they have imported. Ray's
+    telemetry is off, and a cluster started here asks for a token that no one else has.
 
     Raises:
-        ConfigError: There is no cluster at the address.
+        ConfigError: There is no cluster at the address, or the process is connected to another.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address:
+        check_reachable(address)
+    if ray.is_initialized():
+        connected = ray.get_runtime_context().gcs_address
+        if address not in (None, "auto", connected):
+            raise ConfigError(f"this process is connected to the Ray cluster at {connected}, not to {address}")
+        yield
+        return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         # Ray asks for a token by itself and would write one to ~/.ray that later clusters trip over. Setting

@@ -15,9 +15,9 @@ from lorc_core.methods import METHODS, Axes
 from lorc_core.moments import moments_of
 from lorc_core.schedule import error_at
 from lorc_core.spectra import Energies
+from pipeline.artifacts import load_moments, load_probes, load_ranks, load_spectra
 from pipeline.graph import ModelSteps, calibrated_steps, decompose_steps, probe_step
 from pipeline.steps import Milestone, Outcome, Step, Store
-from pipeline.tasks import load_moments, load_probes, load_ranks, load_spectra
 from pipeline.zoo import Zoo
 from pipeline.zoo_run import plan_steps, run_wanted
 

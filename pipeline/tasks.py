@@ -1,26 +1,23 @@
 """What each step does: plain functions from recipes and input directories to files in an output directory.
 
-Nothing here knows where it runs.
+Nothing here knows where it runs; `artifacts` knows what the files look like.
 """
 
 import json
-import operator
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from lorc_core.architecture import KINDS, Architecture, Kind
-from lorc_core.blocks import Partition
 from lorc_core.calibration import calibrate as core_calibrate
 from lorc_core.calibration import load_tokenizer
 from lorc_core.checkpoint import Checkpoint
@@ -31,28 +28,36 @@ from lorc_core.loading import check_base
 from lorc_core.measuring import loss_at_ranks
 from lorc_core.memory import planned_factor_floats
 from lorc_core.methods import Axes, Reader, Training, method_from_dict
-from lorc_core.moments import LayerMoments
 from lorc_core.probes import Exchange, attention_errors, fisher_information, loss_curves
-from lorc_core.projection import Decomposition, LayerDecomposition, layer_spectrum
+from lorc_core.projection import layer_spectrum
 from lorc_core.runtime import attach
 from lorc_core.schedule import Probe, Sensitivity, fit_bytes, schedule_from_dict
-from lorc_core.spectra import Energies, KindSpectrum, LayerSpectrum, Probes, RankSchedule
+from lorc_core.spectra import Probes, RankSchedule
 from lorc_core.training import Trainer, rotated_decomposition
 from lorc_core.variant import MANIFEST_FILE, BaseModel, Variant, load_variant
+from pipeline.artifacts import (
+    load_adapters,
+    load_layer,
+    load_moments,
+    load_probes,
+    load_ranks,
+    load_rotations,
+    load_spectra,
+    load_windows,
+    save_adapters,
+    save_layer,
+    save_moments,
+    save_probes,
+    save_ranks,
+    save_rotations,
+    save_windows,
+)
 from pipeline.evaluation import DTYPES, loaded_model, window_losses
 from pipeline.gates import fell, losses_of, paired_rise, standard_error
 from pipeline.steps import Call, Milestone, Outcome, Store
 from pipeline.tables import read_rows, write_table
 from pipeline.texts import pin_windows, text_tokens
 from pipeline.zoo import DocumentMarks, TextEntry
-
-SCHEDULE_FILE = "schedule.json"
-PROBES_FILE = "probes.json"
-WINDOWS_FILE = "windows.npy"
-LAYER_FILE = "layer.safetensors"
-ROTATIONS_FILE = "rotations.safetensors"
-ADAPTERS_FILE = "adapters.safetensors"
-ENERGIES = ("weight_energies", "state_energies", "read_energies")
 
 
 def calibrate(
@@ -66,16 +71,9 @@ def calibrate(
     windows: Sequence[Path],
 ) -> None:
     """Second moments of every layer on one shard of the calibration windows."""
-    rows = torch.from_numpy(np.concatenate([np.load(path / WINDOWS_FILE) for path in windows]))[shard::num_shards]
+    rows = torch.from_numpy(load_windows(windows))[shard::num_shards]
     found = core_calibrate(model, rows.split(batch_size), join_rotated_heads=join_rotated_heads)
-    for layer_idx, layer in enumerate(found):
-        save_file(layer.tensors(), output / f"layer-{layer_idx}.safetensors")
-
-
-def load_moments(calibrated: Sequence[Path], layer_idx: int) -> LayerMoments | None:
-    """One layer's moments over all shards; None without any."""
-    shards = (LayerMoments.of_tensors(load_file(path / f"layer-{layer_idx}.safetensors")) for path in calibrated)
-    return reduce(operator.add, shards) if calibrated else None
+    save_moments(output, found)
 
 
 def decompose(
@@ -105,86 +103,21 @@ def train(
 ) -> Iterator[tuple[int, int]]:
     """Train rotations of a decomposed model's latents; yields steps done and to do. Goes on from its checkpoint."""
     checkpoint = Path(checkpoint_dir)
-    text = torch.from_numpy(np.concatenate([np.load(path / WINDOWS_FILE) for path in windows]))
+    text = torch.from_numpy(load_windows(windows))
     rows = []
     for state in Trainer(model, [load_layer(path) for path in layers], Training(**training)).train(text, checkpoint):
         rows.append({"step": state.step, "best": state.best, "last": state.last})
         yield state.step, state.num_steps
-    tensors = {f"{idx}.{kind}": found for idx, layer in enumerate(state.rotations) for kind, found in layer.items()}
-    save_file(tensors, output / ROTATIONS_FILE)
-    save_file(state.adapters, output / ADAPTERS_FILE)
+    save_rotations(output, state.rotations)
+    save_adapters(output, state.adapters)
     write_table(output, "training", rows)
 
 
 def rotate(output: Path, *, layer_idx: int, readers: dict[Kind, Reader], layer: Path, trained: Path) -> None:
     """One layer's decomposition along its trained directions."""
-    start, rotations = load_layer(layer), load_file(trained / ROTATIONS_FILE)
-    found = {
-        kind: rotated_decomposition(start[kind], rotations[f"{layer_idx}.{kind}"], readers[kind]) for kind in KINDS
-    }
+    start, rotations = load_layer(layer), load_rotations(trained, layer_idx)
+    found = {kind: rotated_decomposition(start[kind], rotations[kind], readers[kind]) for kind in KINDS}
     save_layer(output, layer_idx, found)
-
-
-def save_layer(output: Path, layer_idx: int, layer: LayerDecomposition) -> None:
-    """Factors as safetensors, spectra as a table."""
-    tensors: dict[str, torch.Tensor] = {}
-    rows = []
-    for kind, found in layer.items():
-        parts = {"up": found.up, "own_down": found.own_down, "mean": found.mean}
-        tensors |= {f"{kind}.{name}": part.float().contiguous() for name, part in parts.items() if part is not None}
-        rows.append(
-            {
-                "layer": layer_idx,
-                "kind": kind,
-                **asdict(found.partition),
-                "rotated": found.rotated,
-                "log10_condition": found.log10_condition,
-                "singular_values": found.singular_values.tolist(),
-                **{name: getattr(found, name).flatten().tolist() for name in ENERGIES},
-            }
-        )
-    save_file(tensors, output / LAYER_FILE)
-    write_table(output, "spectra", rows)
-
-
-def load_layer(directory: Path) -> LayerDecomposition:
-    """What `save_layer` wrote."""
-    tensors = load_file(directory / LAYER_FILE)
-    layer: LayerDecomposition = {}
-    for row in read_rows(directory, "spectra"):
-        kind, partition = row["kind"], partition_of_row(row)
-        layer[kind] = Decomposition(
-            partition=partition,
-            up=tensors[f"{kind}.up"],
-            own_down=tensors.get(f"{kind}.own_down"),
-            mean=tensors.get(f"{kind}.mean"),
-            rotated=row["rotated"],
-            singular_values=torch.tensor(row["singular_values"], dtype=torch.float64),
-            **{
-                name: torch.tensor(row[name], dtype=torch.float64).view(tensors[f"{kind}.up"].shape[:2])
-                for name in ENERGIES
-            },
-        )
-    return layer
-
-
-def partition_of_row(row: dict[str, Any]) -> Partition:
-    return Partition(row["block"], row["num_kv_heads"], row["head_dim"])
-
-
-def load_spectra(layers: Sequence[Path]) -> list[LayerSpectrum]:
-    """What the schedules read, from the tables `spectra` alone."""
-    return [LayerSpectrum(*map(kind_spectrum_of, read_rows(directory, "spectra"))) for directory in layers]
-
-
-def kind_spectrum_of(row: dict[str, Any]) -> KindSpectrum:
-    """What the schedules need of a row of the table `spectra`."""
-    partition = partition_of_row(row)
-
-    def nested(energies: list[float]) -> Energies:
-        return tuple(tuple(energies[at : at + partition.width]) for at in range(0, len(energies), partition.width))
-
-    return KindSpectrum(partition, row["log10_condition"], *(nested(row[name]) for name in ENERGIES))
 
 
 def probe(
@@ -206,17 +139,12 @@ def probe(
         found = Probes(errors=attention_errors(model, loaded, batches))
     else:
         found = Probes(curves=loss_curves(model, loaded, batches))
-    (output / PROBES_FILE).write_text(json.dumps(asdict(found)))
+    save_probes(output, found)
 
 
 def probe_batches(windows: Sequence[Path], num_windows: int, batch_size: int) -> list[torch.Tensor]:
     """The first windows of each calibration text."""
-    rows = np.concatenate([np.load(path / WINDOWS_FILE)[:num_windows] for path in windows])
-    return list(torch.from_numpy(rows).split(batch_size))
-
-
-def load_probes(directory: Path | None) -> Probes | None:
-    return None if directory is None else Probes.from_dict(json.loads((directory / PROBES_FILE).read_text()))
+    return list(torch.from_numpy(load_windows(windows, num_windows)).split(batch_size))
 
 
 def schedule(
@@ -243,27 +171,6 @@ def schedule(
 
         ranks = fit_bytes(chosen, spectra, load_probes(probes), needed_bytes, budget["memory_bytes"])
     save_ranks(output, ranks)
-
-
-def save_ranks(output: Path, ranks: RankSchedule) -> None:
-    (output / SCHEDULE_FILE).write_text(json.dumps(asdict(ranks)))
-    rows = [
-        {
-            "layer": idx,
-            "kind": kind,
-            "floats": layer.floats(kind),
-            "width": ranks.kv_width,
-            "block_ranks": list(layer.of(kind)),
-            "note": ranks.note,
-        }
-        for idx, layer in enumerate(ranks.layers)
-        for kind in KINDS
-    ]
-    write_table(output, "ranks", rows)
-
-
-def load_ranks(directory: Path) -> RankSchedule:
-    return RankSchedule.from_dict(json.loads((directory / SCHEDULE_FILE).read_text()))
 
 
 def search(
@@ -304,7 +211,7 @@ def variant(
     chosen, shape = load_ranks(ranks), Architecture.from_dict(architecture)
     factors = tuple(slice_layer(load_layer(path), idx, chosen, DTYPES[dtype]) for idx, path in enumerate(layers))
     made_by = method_from_dict(method)
-    found_adapters = load_file(trained / ADAPTERS_FILE) if trained else {}
+    found_adapters = load_adapters(trained) if trained else {}
     adapters = {name: tensor.to(DTYPES[dtype]) for name, tensor in found_adapters.items()}
     Variant(BaseModel(**base), shape, made_by, schedule, chosen, factors, adapters).save(output)
 
@@ -337,7 +244,7 @@ def windows(
     cut = load_tokenizer(Path(model_dir), trust_remote_code=trust_remote_code)
     stream = text_tokens(source, cut, document_marks, Path(cache_dir))
     pinned = pin_windows(stream, window_tokens=window_tokens, num_windows=num_windows, seed=seed, name=source.name)
-    np.save(output / WINDOWS_FILE, pinned)
+    save_windows(output, pinned)
 
 
 def evaluate(
@@ -355,7 +262,7 @@ def evaluate(
     scores, losses = [], []
     with nullcontext() if found is None else attach(model, found):
         for name, directory in zip(text_names, windows, strict=True):
-            pinned = np.load(directory / WINDOWS_FILE)
+            pinned = load_windows([directory])
             started = time.perf_counter()
             per_window, bytes_per_token = window_losses(model, pinned, batch_size)
             elapsed = time.perf_counter() - started

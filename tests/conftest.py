@@ -1,5 +1,6 @@
 """What all tests share: the demo models, tiny random models that feel their cache, the sample models if present."""
 
+import logging
 import os
 import secrets
 import shutil
@@ -103,12 +104,19 @@ def save_tiny_model(name, directory, seed=0):
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """One real Ray node for all tests, in processes of its own; `cluster(None)` connects to it by $RAY_ADDRESS."""
+    """One real Ray node for all tests, in processes of its own, and this process connected to it.
+
+    All runs share the connection, and so its workers, which import torch and transformers once and not for every run;
+    other processes connect by $RAY_ADDRESS.
+    """
+    import ray
     from ray.cluster_utils import Cluster
 
     node = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     os.environ["RAY_ADDRESS"] = node.address
+    ray.init(address=node.address, log_to_driver=False, logging_level=logging.ERROR)
     yield node
+    ray.shutdown()
     del os.environ["RAY_ADDRESS"]
     node.shutdown()
 

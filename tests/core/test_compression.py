@@ -1,17 +1,19 @@
 """`compress` from end to end: what it refuses and why, every schedule on real measurements, methods by layer."""
 
+import copy
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import lorc_core
 from lorc_core.architecture import KINDS, architecture_of
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.methods import METHODS, Axes, Method, known_method, method_from_dict
 from lorc_core.schedule import SCHEDULES, ErrorBudget, Fisher, Sensitivity
-from tests.conftest import DEMO, tiny_model
+from tests.conftest import DEMO, TINY_CONFIGS, tiny_model
 from tests.core.materialised import dense_projection
 from tests.core.test_runtime import one_pass, tokens
 
@@ -173,3 +175,25 @@ def test_values_are_never_rotated():
         Method("bad", METHODS["lorc"].keys, METHODS["k_svd"].keys, METHODS["lorc"].schedule, "")
     with pytest.raises(ConfigError, match="method 'kqsvd' is not known; known are "):
         known_method("kqsvd")
+
+
+def test_a_model_in_training_mode_is_measured_without_dropout_and_gets_its_modes_back():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(TINY_CONFIGS["opt"]), dtype=torch.float32).eval()
+    for layer in model.model.decoder.layers:
+        layer.dropout = 0.5
+    ids = tokens(model, rows=8)
+    expected = lorc_core.compress(model, "kq_joint", 0.5, "sensitivity", calibration=ids)
+    model.train()
+    model.model.decoder.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    assert (model(input_ids=ids).logits - model(input_ids=ids).logits).abs().max() > 0.1  # the control
+    found = lorc_core.compress(model, "kq_joint", 0.5, "sensitivity", calibration=ids)
+    assert [module.training for module in model.modules()] == modes
+    assert found.ranks == expected.ranks
+    assert torch.equal(found.factors[2]["values"].up, expected.factors[2]["values"].up)
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(NumericsError):
+        lorc_core.compress(model, "lorc", 0.5, "sensitivity", calibration=ids)
+    assert [module.training for module in model.modules()] == modes

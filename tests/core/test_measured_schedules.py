@@ -5,6 +5,7 @@ Measurements are made up here; test_probes shows that the real ones are what the
 
 import itertools
 import json
+import math
 import re
 from dataclasses import asdict
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from lorc_core.architecture import KINDS
 from lorc_core.blocks import Partition
-from lorc_core.errors import ConfigError
+from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.probes import Exchange
 from lorc_core.schedule import SCHEDULES, Energy, ErrorBudget, Fisher, Progressive, Sensitivity, Uniform, fit_bytes
 from lorc_core.spectra import (
@@ -269,3 +270,31 @@ def test_ranks_survive_json():
 def test_stairs_of_a_skipped_layer_have_one_step():
     stair = Staircase(Partition("group(2)", 4, 8), (), always_full=True)
     assert [stair.ranks(stair.nearest(floats)) for floats in (0, 3, 32)] == [(16, 16)] * 3
+
+
+NAN = float("nan")
+LAYER = {
+    "fisher": dict.fromkeys(KINDS, (1.0,) * WIDTH),
+    "errors": (ErrorLevel(WIDTH, WIDTH, 0.0), ErrorLevel(8, 8, 0.5)),
+    "curves": dict.fromkeys(KINDS, (CurvePoint(WIDTH, 0.0), CurvePoint(8, 0.5))),
+}
+BROKEN = {
+    "fisher": {"keys": (1.0,) * WIDTH, "values": (NAN, *(1.0,) * (WIDTH - 1))},
+    "errors": (ErrorLevel(WIDTH, WIDTH, 0.0), ErrorLevel(8, 8, NAN)),
+    "curves": {"keys": LAYER["curves"]["keys"], "values": (CurvePoint(WIDTH, 0.0), CurvePoint(8, math.inf))},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fisher", "layer 1 values: the Fisher information measured on the calibration text holds NaN"),
+        ("error_budget", "layer 1: the attention error measured on the calibration text holds NaN"),
+        ("sensitivity", "layer 1 values: the loss curve measured on the calibration text holds NaN"),
+    ],
+)
+def test_a_measurement_that_is_not_finite_stops_the_schedule_and_names_the_layer(name, message):
+    probe, layers = SCHEDULES[name].probe, flat_layers(*[joint(WIDTH)] * 4)
+    SCHEDULES[name]().ranks(layers, 0.5, Probes(**{probe: (LAYER[probe], LAYER[probe])}))
+    with pytest.raises(NumericsError, match=message):
+        SCHEDULES[name]().ranks(layers, 0.5, Probes(**{probe: (LAYER[probe], BROKEN[probe])}))

@@ -53,6 +53,37 @@ def test_fisher_information_names_what_is_not_finite():
         fisher_information(model, [tokens(model)])
 
 
+@pytest.mark.parametrize("schedule", ["error_budget", "sensitivity"])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_nan_behind_a_layers_attention_names_the_next_layer(schedule, name):
+    """The method reads attention weights alone, so that only the schedule's measurements meet the NaN."""
+    model = tiny_model(name)
+    layer = (model.model.layers if name == "llama" else model.model.decoder.layers)[1]
+    with torch.no_grad():
+        (layer.mlp.down_proj if name == "llama" else layer.fc2).weight[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=r"layer 2: .* NaN or infinity"):
+        lorc_core.compress(model, "lorc", 0.5, schedule, calibration=tokens(model))
+
+
+def test_a_nan_that_one_compressed_layer_makes_names_it():
+    model = tiny_model("llama")
+    ids = tokens(model)
+    layers = decomposed(model, "lorc", ids)
+    layers[1]["values"].up[0, 0, 0] = float("nan")
+    with pytest.raises(
+        NumericsError, match="layer 1 values, compressed alone: the loss on the calibration text is NaN"
+    ):
+        loss_curves(model, layers, [ids])
+
+
+def test_a_nan_behind_all_layers_is_no_layers():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(NumericsError, match=r"^the loss on the calibration text is NaN or infinite"):
+        lorc_core.compress(model, "lorc", 0.5, "sensitivity", calibration=tokens(model))
+
+
 def attended(model, layer, module, keys, values, num_rows):
     """(rows, T, D) output of causal attention of materialised queries on rotated keys and values of (T, G, d)."""
     by_row = [states.unflatten(0, (num_rows, -1)) for states in (layer.rotated_queries, keys, values)]

@@ -155,6 +155,23 @@ def test_adapters_are_trained_kept_and_applied_and_leave_the_model_as_it_was(tmp
     assert variant.factor_floats == without.factor_floats + sum(part.numel() for part in variant.adapters.values())
 
 
+def test_adapters_are_those_of_their_own_seed_whatever_the_global_one():
+    pytest.importorskip("peft", reason="adapters are trained through peft, an extra")
+    model = tiny_model("qwen2")
+    layers = decomposed(model, "kq_joint")
+    found = []
+    for global_seed, seed in ((1, 0), (2, 0), (1, 7)):
+        torch.manual_seed(global_seed)
+        before = torch.random.get_rng_state()
+        settings = replace(SETTINGS, lora_rank=2, num_steps=1, eval_every=1, learning_rate=1e-9, seed=seed)
+        *_, last = Trainer(model, layers, settings).train(text(model))
+        assert torch.equal(torch.random.get_rng_state(), before)
+        found.append(last.adapters)
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+    downs = [name for name in found[0] if name.endswith(".down")]  # `up` starts at zero
+    assert not any(torch.equal(found[0][name], found[2][name]) for name in downs)  # the control
+
+
 def test_settings_out_of_range_are_refused():
     with pytest.raises(ConfigError, match="num_steps must be at least 1, got 0"):
         Training(num_steps=0)

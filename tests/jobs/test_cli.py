@@ -269,9 +269,9 @@ def ranking(out, model):
     return [line for line in after.splitlines() if line.strip()[:1].isdigit()][:3]
 
 
-def test_spectrum_without_calibration_shows_what_weights_say(ray_cluster, lorc, tmp_path):
-    zoo_file = write_zoo(tmp_path, kept="0.5")
-    code, out, _ = lorc("spectrum", zoo_file, "--workdir", tmp_path / "work")
+def test_spectrum_without_calibration_shows_what_weights_say(finished, lorc):
+    zoo_file, workdir, _ = finished
+    code, out, _ = lorc("spectrum", zoo_file, "--workdir", workdir)
     assert code == 0
     assert "small-llama, lorc: 128 floats" in out
     assert "gap" not in out

@@ -1,15 +1,20 @@
 """Methods that measure on text, through the whole pipeline on a real Ray node: what is shared, refused and resumed."""
 
+import contextlib
 import json
+import math
 
+import psutil
 import pyarrow.dataset as ds
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lorc_core
 from lorc_core.methods import METHODS
+from pipeline.artifacts import load_moments
 from pipeline.results import results
-from pipeline.tasks import load_moments
+from pipeline.tables import read_rows
 from pipeline.zoo import load_zoo
 from pipeline.zoo_run import run_zoo
 from tests.conftest import DEMO, save_tiny_model
@@ -36,6 +41,24 @@ evaluation:
   num_windows: 4
 gates: {{max_perplexity_rise: 0.5}}
 """
+BUDGETS = (0.6, 0.4)
+TRAINING = {"num_steps": 18, "eval_every": 6, "batch_size": 4, "learning_rate": 0.01}
+MEASURED = (
+    {"method": "lorc_q", "schedule": "fisher", "kept_fraction": 0.5},
+    {"method": "kq_joint", "schedule": "error_budget", "kept_fraction": 0.5},
+    {"method": "kq_joint", "schedule": {"name": "sensitivity", "num_rounds": 1}, "kept_fraction": 0.5},
+    {
+        "method": {
+            "name": "mixed",
+            "preset": "kq_joint",
+            "per_layer": {0: "palu", "1-2": {"name": "x", "preset": "k_svd"}},
+        },
+        "schedule": "uniform",
+        "kept_fraction": 0.5,
+    },
+    {"method": "kq_joint", "name": "bytes", "budget": {"memory_gib": 2e-4, "batch_size": 2, "context_tokens": 64}},
+    {"method": {"name": "trained", "preset": "kv_heads", "training": TRAINING}, "kept_fraction": list(BUDGETS)},
+)
 
 
 def write(directory, *variants, shards=1):
@@ -51,35 +74,62 @@ def write(directory, *variants, shards=1):
 
 
 @pytest.fixture(scope="module")
-def sweep(ray_cluster, tmp_path_factory):
-    """Every preset that is not trained, at four budgets."""
-    directory = tmp_path_factory.mktemp("sweep")
+def directory(tmp_path_factory):
+    """Shared by the runs below, so that they find what others of the same recipe have finished."""
+    return tmp_path_factory.mktemp("calibrated")
+
+
+@pytest.fixture(scope="module")
+def sweep(ray_cluster, directory):
+    """Every preset that is not trained, at several budgets."""
     presets = [name for name, method in METHODS.items() if method.training is None]
-    entries = [{"method": name, "schedule": "uniform", "kept_fraction": [0.75, 0.6, 0.5, 0.4]} for name in presets]
+    entries = [{"method": name, "schedule": "uniform", "kept_fraction": list(BUDGETS)} for name in presets]
     return presets, run_zoo(load_zoo(write(directory, *entries)), directory / "work", until="compress")
 
 
-def test_a_sweep_of_ten_presets_and_four_budgets_decomposes_each_layer_once(sweep):
+@pytest.fixture(scope="module")
+def measured(sweep, directory):
+    """Schedules that measure, methods by layer, a budget in bytes and trained projections; three calibration shards."""
+    zoo_file = write(directory, *MEASURED, shards=3)
+    return zoo_file, run_zoo(load_zoo(zoo_file), directory / "work", until="evaluate")
+
+
+@pytest.fixture(scope="module")
+def deficient(ray_cluster, tmp_path_factory):
+    """One calibration window is too little for a model's full rank, and one of three models gives NaN."""
+    directory = tmp_path_factory.mktemp("deficient")
+    zoo_file = write(directory, {"method": "kq_joint", "schedule": "uniform", "kept_fraction": 0.5})
+    weights = save_tiny_model("llama", directory / "broken") / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    text = zoo_file.read_text().replace("models:", "models:\n  - {name: broken, source: ./broken, dtype: float32}")
+    text = text.replace("num_windows: 12", "num_windows: 1\n  allow_rank_deficient: true")
+    zoo_file.write_text(text.replace("probe_windows: 3", "probe_windows: 1"))
+    return run_zoo(load_zoo(zoo_file), directory / "work", until="evaluate")
+
+
+def test_a_sweep_of_ten_presets_over_budgets_decomposes_each_layer_once(sweep):
     presets, run = sweep
     assert len(presets) == 10
     counts = statuses(run)
     # three layers each; of the model without rotation, the two presets of rotated latents differ
     assert counts["calibrate", "ran"] == 2
     assert counts["decompose", "ran"] == 3 * 10 + 3 * 9
-    assert counts["schedule", "ran"] == counts["variant", "ran"] == 4 * 10 + 4 * 9
+    assert counts["schedule", "ran"] == counts["variant", "ran"] == len(BUDGETS) * (10 + 9)
     assert [(outcome.model, outcome.error) for outcome in run.failures] == [
         (
             "plain",
             f"phasor_freq-uniform-{kept}: method phasor_freq, keys: block frequency: the model has no rotary embedding",
         )
-        for kept in (0.75, 0.6, 0.5, 0.4)
+        for kept in BUDGETS
     ]
 
 
 def test_errors_are_below_their_bounds_and_above_the_least(sweep):
     _, run = sweep
     errors = ds.dataset(run.store.root / "tables" / "errors").to_table().to_pandas()
-    assert len(errors) == 2 * 3 * 4 * (10 + 9)
+    assert len(errors) == 2 * 3 * len(BUDGETS) * (10 + 9)
     bounded = errors[errors.bound.notna()]
     assert (bounded.error <= bounded.bound * (1 + 1e-6)).all()
     known = errors[errors.least_read_error.notna()]
@@ -90,33 +140,19 @@ def test_errors_are_below_their_bounds_and_above_the_least(sweep):
     assert (plain.read_error > 1.05 * plain.least_read_error).any()
 
 
-def test_shards_add_up_to_one(tmp_path):
-    entry = {"method": "kq_joint", "schedule": "uniform", "kept_fraction": 0.5}
+def test_shards_add_up_to_one(sweep, measured):
     moments = []
-    for shards in (1, 3):
-        run = run_zoo(load_zoo(write(tmp_path, entry, shards=shards)), tmp_path / "work", until="compress")
-        steps = {step.key: step for step in run.models[0].decompose["kq_joint"][0].inputs["calibrated"]}
-        assert len(steps) == shards
-        moments.append(load_moments([run.store.path(step) for step in steps.values()], 1))
+    for run, shards in ((sweep[1], 1), (measured[1], 3)):
+        steps = run.models[0].decompose["kq_joint"][0].inputs["calibrated"]
+        assert len({step.key for step in steps}) == shards
+        moments.append(load_moments([run.store.path(step) for step in steps], 1))
     for stage, whole in moments[0].moments.items():
         assert whole.num_tokens == moments[1].moments[stage].num_tokens
         torch.testing.assert_close(moments[1].moments[stage].total, whole.total, rtol=1e-5, atol=1e-4)
 
 
-def test_schedules_that_measure_and_methods_by_layer_run_to_scores(tmp_path):
-    mixed = {"name": "mixed", "preset": "kq_joint", "per_layer": {0: "palu", "1-2": {"name": "x", "preset": "k_svd"}}}
-    entries = [
-        {"method": "lorc_q", "schedule": "fisher", "kept_fraction": 0.5},
-        {"method": "kq_joint", "schedule": "error_budget", "kept_fraction": 0.5},
-        {"method": "kq_joint", "schedule": {"name": "sensitivity", "num_rounds": 1}, "kept_fraction": 0.5},
-        {"method": mixed, "schedule": "uniform", "kept_fraction": 0.5},
-        {
-            "method": "kq_joint",
-            "name": "bytes",
-            "budget": {"memory_gib": 2e-4, "batch_size": 2, "context_tokens": 64},
-        },
-    ]
-    run = run_zoo(load_zoo(write(tmp_path, *entries)), tmp_path / "work", until="evaluate")
+def test_schedules_that_measure_and_methods_by_layer_run_to_scores(measured):
+    _, run = measured
     assert not run.failures
     counts = statuses(run)
     assert (counts["probe", "ran"], counts["search", "ran"]) == (6, 2)
@@ -130,19 +166,46 @@ def test_schedules_that_measure_and_methods_by_layer_run_to_scores(tmp_path):
     assert [variant.method.axes(layer, "keys").block for layer in range(3)] == ["group(4)", "head", "head"]
 
 
-def test_trained_projections_lose_less_and_train_once_for_all_budgets(tmp_path):
-    training = {"num_steps": 30, "eval_every": 10, "batch_size": 4, "learning_rate": 0.01}
-    entries = [
-        {"method": {"name": "t", "preset": "kv_heads", "training": training}, "kept_fraction": [0.6, 0.4]},
-        {"method": "kv_heads", "kept_fraction": 0.4},
-    ]
-    run = run_zoo(load_zoo(write(tmp_path, *entries)), tmp_path / "work", until="evaluate")
-    assert not run.failures
+def test_training_runs_once_for_all_budgets_and_leaves_no_checkpoint(measured, directory):
+    _, run = measured
     assert statuses(run)["train", "ran"] == 2
-    assert not list((tmp_path / "work" / "training").glob("*/*"))  # no checkpoint is left
-    rows = {(row.model, row.variant): row for row in results(run)}
-    for model in ("rotary", "plain"):
-        assert rows[model, "t-uniform-0.4"].bytes_per_token == rows[model, "kv_heads-uniform-0.4"].bytes_per_token
+    assert not list((directory / "work" / "training").glob("*/*"))
+
+
+def test_training_whose_worker_is_killed_goes_on_to_the_same_rotations(measured, directory, ray_cluster):
+    """At the first milestone; the training of one model is taken out of the finished run and done again."""
+    zoo_file, run = measured
+    step = run.models[0].variants[-1].variant.inputs["trained"]
+    whole = directory / "whole"
+    run.store.path(step).rename(whole)
+    killed = []
+
+    def kill_worker(milestone):
+        if not killed:
+            killed.append(worker_at_work(ray_cluster))
+            killed[0].kill()
+
+    again = run_zoo(load_zoo(zoo_file), directory / "work", until="evaluate", on_progress=kill_worker)
+    assert killed
+    assert not again.failures
+    assert {outcome.key for outcome in again.outcomes if outcome.status == "ran"} == {step.key}
+    looks, later = ([row["step"] for row in read_rows(place, "training")] for place in (whole, run.store.path(step)))
+    assert 0 < len(later) < len(looks), "training must go on from its checkpoint, not begin again"
+    assert later == looks[-len(later) :]
+    expected = load_file(whole / "rotations.safetensors")
+    for name, rotation in load_file(run.store.path(step) / "rotations.safetensors").items():
+        torch.testing.assert_close(rotation, expected[name], rtol=0, atol=1e-5)
+
+
+def worker_at_work(node):
+    """The only worker of the test's own Ray node that is running a task."""
+    raylet = psutil.Process(node.head_node.all_processes["raylet"][0].process.pid)
+    found = []
+    for process in raylet.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # an idle worker may end meanwhile
+            found += [process] if process.cmdline()[:1] == ["ray::remote_calls"] else []
+    (worker,) = found
+    return worker
 
 
 @pytest.mark.parametrize(
@@ -163,23 +226,13 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(tmp_path, chang
     assert not [outcome for outcome in run.outcomes if outcome.model == "rotary" and outcome.status == "ran"]
 
 
-def test_a_deficient_text_is_used_when_asked(tmp_path):
-    zoo_file = write(tmp_path, {"method": "kq_joint", "schedule": "uniform", "kept_fraction": 0.5})
-    text = zoo_file.read_text().replace("num_windows: 12", "num_windows: 1\n  allow_rank_deficient: true")
-    zoo_file.write_text(text.replace("probe_windows: 3", "probe_windows: 1"))
-    run = run_zoo(load_zoo(zoo_file), tmp_path / "work", until="evaluate")
-    assert not run.failures
-    assert all(torch.isfinite(torch.tensor(row.loss)) for row in results(run))
+def test_a_deficient_text_is_used_when_asked(deficient):
+    found = {(row.model, row.variant): row.loss for row in results(deficient) if row.variant != "baseline"}
+    assert set(found) == {("rotary", "kq_joint-uniform-0.5"), ("plain", "kq_joint-uniform-0.5")}
+    assert all(math.isfinite(loss) for loss in found.values())
 
 
-def test_a_nan_in_the_activations_names_the_layer(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    zoo_file = write(tmp_path, {"method": "kq_joint", "schedule": "uniform", "kept_fraction": 0.5})
-    weights = tmp_path / "rotary" / "model.safetensors"
-    tensors = load_file(weights)
-    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, weights, metadata={"format": "pt"})
-    run = run_zoo(load_zoo(zoo_file), tmp_path / "work", until="compress")
-    assert [(outcome.model, outcome.name) for outcome in run.failures] == [("rotary", "calibrate")]
-    assert "layer 2: the keys hold NaN or infinity on the calibration text" in run.failures[0].error
+def test_a_nan_in_the_activations_names_the_layer(deficient):
+    failed = {outcome.name: outcome for outcome in deficient.failures}
+    assert {outcome.model for outcome in deficient.failures} == {"broken"}
+    assert "layer 2: the keys hold NaN or infinity on the calibration text" in failed["calibrate"].error

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ import lorc_core
 from lorc_core.errors import ConfigError
 from pipeline.registry import connect
 from pipeline.results import results
-from pipeline.runner import what_lacks
+from pipeline.runner import cluster, what_lacks
 from pipeline.steps import Need
 from pipeline.zoo import load_zoo
 from pipeline.zoo_run import run_zoo
@@ -154,6 +155,22 @@ def test_an_address_without_a_cluster_is_a_wrong_request(tmp_path):
         run_zoo(load_zoo(zoo_file), tmp_path / "work")
 
 
+def test_a_process_that_is_connected_stays_so_and_asks_no_other_cluster(finished, ray_cluster):
+    import ray
+
+    assert ray.is_initialized()  # after the run of `finished`
+    with cluster(ray_cluster.address):
+        pass
+    assert ray.is_initialized()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with (
+            pytest.raises(ConfigError, match=f"connected to the Ray cluster at .*, not to {address}"),
+            cluster(address),
+        ):
+            pass
+
+
 def test_a_changed_budget_decomposes_nothing_again(finished):
     zoo_file, workdir, _ = finished
     changed = zoo_file.with_name("changed.yaml")
@@ -190,47 +207,64 @@ def break_rank(directory):
     model.save_pretrained(directory)
 
 
+@pytest.fixture(scope="module")
+def troubled(ray_cluster, tmp_path_factory):
+    """A zoo of two good models, three broken ones, one that is not there and one that asks for what no node has."""
+    directory = tmp_path_factory.mktemp("troubled")
+    zoo_file = write_zoo(directory, kept="0.5")
+    entries = ["  - {name: missing, source: ./tiny-otp}"]
+    entries += ["  - {name: greedy, source: ./small-llama, resources: {num_gpus: 4}}"]
+    for damage in (break_nan, break_file, break_rank):
+        damage(save_tiny_model("llama", directory / damage.__name__, seed=1))
+        entries.append(f"  - {{name: {damage.__name__}, source: ./{damage.__name__}, dtype: float32}}")
+    zoo_file.write_text(zoo_file.read_text().replace("models:", "\n".join(["models:", *entries]), 1))
+    return zoo_file, run_zoo(load_zoo(zoo_file), directory / "work", until="evaluate")
+
+
+def test_only_what_is_wrong_fails(troubled):
+    _, run = troubled
+    wrong = {"missing", "greedy", "break_nan", "break_file", "break_rank"}
+    assert {outcome.model for outcome in run.failures} == wrong
+    rows = [row for row in results(run) if row.model not in wrong]
+    assert {row.model for row in rows} == {"small-llama", "tiny-opt"}
+    assert len(rows) == 6
+
+
 @pytest.mark.parametrize(
-    ("damage", "message", "survivors"),
+    ("model", "message", "survivors"),
     [
-        (break_nan, "layer 2 values: the weight or its bias holds NaN", []),
-        (break_file, "not a whole safetensors file", []),
-        (break_rank, "layer 0 keys: the weight is rank-deficient", ["lorc-uniform-0.5"]),
+        ("break_nan", "layer 2 values: the weight or its bias holds NaN", []),
+        ("break_file", "not a whole safetensors file", []),
+        ("break_rank", "layer 0 keys: the weight is rank-deficient", ["lorc-uniform-0.5"]),
     ],
 )
-def test_a_broken_model_does_not_stop_the_others(tmp_path, damage, message, survivors):
-    zoo_file = write_zoo(tmp_path, kept="0.5")
-    broken = save_tiny_model("llama", tmp_path / "broken", seed=1)
-    damage(broken)
-    entry = "models:\n  - {name: broken, source: ./broken, dtype: float32}"
-    zoo_file.write_text(zoo_file.read_text().replace("models:", entry, 1))
-    run = run_zoo(load_zoo(zoo_file), tmp_path / "work", until="evaluate")
-    assert {outcome.model for outcome in run.failures} == {"broken"}
-    assert any(message in outcome.error for outcome in run.failures)
-    rows = results(run)
-    assert [row.variant for row in rows if row.model == "broken" and row.variant != "baseline"] == survivors
-    assert sum(row.model != "broken" for row in rows) == 6
+def test_a_broken_model_says_what_is_wrong_and_keeps_what_can_be_had(troubled, model, message, survivors):
+    _, run = troubled
+    assert any(message in outcome.error for outcome in run.failures if outcome.model == model)
+    assert [row.variant for row in results(run) if row.model == model and row.variant != "baseline"] == survivors
 
 
-def test_a_missing_model_and_a_short_text_are_outcomes(tmp_path):
-    zoo_file = write_zoo(tmp_path, kept="0.5")
-    content = zoo_file.read_text().replace("num_windows: 8", "num_windows: 80000")
-    zoo_file.write_text(content.replace("./tiny-opt", "./tiny-otp"))
-    run = run_zoo(load_zoo(zoo_file), tmp_path / "work", until="evaluate")
-    errors = {outcome.model: outcome.error for outcome in run.failures}
-    assert f"model directory {tmp_path / 'tiny-otp'} does not exist" in errors["tiny-opt"]
-    assert "80000 are asked; lower num_windows" in errors["small-llama"]
-    skipped = [outcome for outcome in run.outcomes if outcome.status == "skipped"]
-    assert {outcome.name for outcome in skipped} == {"evaluate"}
+def test_a_missing_model_is_an_outcome(troubled):
+    zoo_file, run = troubled
+    (error,) = (outcome.error for outcome in run.failures if outcome.model == "missing")
+    assert f"model directory {zoo_file.with_name('tiny-otp')} does not exist" in error
 
 
-def test_a_request_that_no_node_can_meet_is_refused_before_submission(tmp_path):
-    zoo_file = write_zoo(tmp_path, kept="0.5")
-    wanted = "source: ./small-llama, resources: {num_gpus: 4}"
-    zoo_file.write_text(zoo_file.read_text().replace("source: ./small-llama", wanted))
-    run = run_zoo(load_zoo(zoo_file), tmp_path / "work", until="evaluate")
-    assert {(outcome.model, outcome.name) for outcome in run.failures} == {("small-llama", "evaluate")}
-    assert "no node of the cluster can give CPU 1, GPU 4; its nodes have: CPU 2, GPU 0" in run.failures[0].error
+def test_a_request_that_no_node_can_meet_is_refused_before_submission(troubled):
+    _, run = troubled
+    failed = [outcome for outcome in run.failures if outcome.model == "greedy"]
+    assert {outcome.name for outcome in failed} == {"evaluate"}
+    assert "no node of the cluster can give CPU 1, GPU 4; its nodes have: CPU 2, GPU 0" in failed[0].error
+
+
+def test_a_short_text_is_an_outcome_and_what_needs_it_is_skipped(finished):
+    zoo_file, workdir, _ = finished
+    short = zoo_file.with_name("short.yaml")
+    short.write_text(zoo_file.read_text().replace("num_windows: 8", "num_windows: 80000"))
+    run = run_zoo(load_zoo(short), workdir, until="evaluate")
+    assert {outcome.name for outcome in run.failures} == {"windows"}
+    assert all("80000 are asked; lower num_windows" in outcome.error for outcome in run.failures)
+    assert {outcome.name for outcome in run.outcomes if outcome.status == "skipped"} == {"evaluate"}
 
 
 @pytest.mark.slow
@@ -255,15 +289,9 @@ def test_a_killed_run_loses_no_finished_step(tmp_path):
     assert {key for key in before if not key.startswith("register")} <= cached
 
 
-def test_what_lacks_is_empty_for_what_fits(ray_cluster):
-    import ray
-
-    ray.init(address=ray_cluster.address, log_to_driver=False)
-    try:
-        assert what_lacks(Need(num_cpus=2)) is None
-        assert "CPU 3" in what_lacks(Need(num_cpus=3))
-    finally:
-        ray.shutdown()
+def test_what_lacks_is_empty_for_what_fits():
+    assert what_lacks(Need(num_cpus=2)) is None
+    assert "CPU 3" in what_lacks(Need(num_cpus=3))
 
 
 def test_registrations_hold_memory_and_accuracy(finished):
