@@ -85,7 +85,7 @@ CONFIGS = {
     "phi": PhiConfig(**GQA, rope_parameters=PARTIAL),
     "phi-qk-norm": PhiConfig(**DENSE, rope_parameters=PARTIAL, qk_layernorm=True),
     "phi3": Phi3Config(**GQA, sliding_window=12),
-    "phi3-longrope": Phi3Config(**GQA, rope_parameters=LONGROPE),
+    "phi3-longrope": Phi3Config(**GQA, rope_parameters=LONGROPE, original_max_position_embeddings=32),
     "gpt2": GPT2Config(**TINY, n_positions=64),
     "gpt_neox": GPTNeoXConfig(**DENSE, rope_parameters=PARTIAL),
     "gpt_neox-yarn": GPTNeoXConfig(**DENSE, rope_parameters=YARN | {"partial_rotary_factor": 0.5}),

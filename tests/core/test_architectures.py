@@ -21,7 +21,7 @@ import lorc_core
 from lorc_core.architecture import FAMILIES, KINDS, Architecture, architecture_of
 from lorc_core.calibration import calibrate
 from lorc_core.checkpoint import Checkpoint
-from lorc_core.compression import LoadedWeights, decompose_layer, slice_layer
+from lorc_core.compression import LoadedWeights, decompose_layer
 from lorc_core.errors import ConfigError, UnsupportedModelError
 from lorc_core.latent_attention import key_rotation
 from lorc_core.methods import METHODS, Axes
@@ -404,7 +404,7 @@ def test_past_the_original_length_all_keys_have_the_frequencies_of_that_length(k
     config = copy.deepcopy(CONFIGS["llama-dynamic" if kind == "dynamic" else "phi3-longrope"])
     config.num_hidden_layers, config.max_position_embeddings = 1, 12 if kind == "dynamic" else 64
     if kind == "longrope":
-        config.rope_parameters["original_max_position_embeddings"] = 12
+        config.original_max_position_embeddings = config.rope_parameters["original_max_position_embeddings"] = 12
     CONFIGS[f"long-{kind}"] = config
     try:
         ids = tokens(tiny_model(f"long-{kind}"), rows=1, columns=20)
@@ -560,4 +560,3 @@ def test_moments_before_a_norm_of_the_keys_know_no_mean():
     assert keys.mean is None
     assert values.mean is not None
     assert not axes.has_mean(architecture, 0, "keys")
-    assert slice_layer(decomposed("cohere-qk-norm", "lorc"), 0, half("cohere-qk-norm").ranks, torch.float32)
