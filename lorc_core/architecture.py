@@ -351,14 +351,6 @@ def family_of(config: PreTrainedConfig) -> Family:
     return FAMILIES[config.model_type]
 
 
-def unobservable(architecture: Architecture) -> str:
-    """Why calibration cannot look at a model whose attention modules attend by themselves."""
-    return (
-        f"calibration looks at queries through transformers' attention interface, which {architecture.model_type} does "
-        "not use; choose a method from weights alone (lorc, lorc_q) and a schedule that does not look at attention"
-    )
-
-
 def fact(config: PreTrainedConfig, named: str | bool) -> bool:
     """A config field, or the fact itself."""
     return named if isinstance(named, bool) else bool(getattr(config, named))
