@@ -1,4 +1,4 @@
-"""Attention modules that attend by themselves, outside transformers' attention interface: BLOOM, Falcon, GPT-J, MPT.
+"""Attention modules that attend by themselves, outside transformers' attention interface, as GPT-J's do.
 
 They get whole keys and values back from the view of their cache: slower than attending over latents, with the same
 memory and the same numbers. Calibration looks at them through the same view.
@@ -54,15 +54,17 @@ class OwnAttention:
         return states.repeat_interleave(self.num_copies, dim=1)
 
     def queries(self, inputs: Float[Tensor, "b q i"]) -> Float[Tensor, "b h q d"]:
-        """Unrotated, as if logits were scaled by head_dim ** -0.5; MPT may clip them, and scale otherwise."""
+        """Unrotated, as if logits were scaled by head_dim ** -0.5; MPT may clip them first."""
         architecture = self.architecture
         stored = dict(self.module.get_submodule(architecture.family.projection.format("q")).named_parameters())
         bias = projection_rows(architecture, "q", stored["bias"]) if architecture.bias else None
         joint = nn.functional.linear(inputs, projection_rows(architecture, "q", stored["weight"]), bias)
+        scale = architecture.head_dim**-0.5 if architecture.family.scaled else 1.0
         if architecture.model_type == "mpt":
             own: Any = self.module
             joint = joint.clamp(-own.clip_qkv, own.clip_qkv) if own.clip_qkv else joint
-            joint = joint * (own.softmax_scale * architecture.head_dim**0.5)
+            scale = own.softmax_scale
+        joint = joint * (scale * architecture.head_dim**0.5)
         return joint.unflatten(-1, (self.architecture.num_heads, -1)).transpose(1, 2)
 
     def attend(self, keys: Float[Tensor, "b g s d"], values: Float[Tensor, "b g s d"]) -> Float[Tensor, "b q h d"]:

@@ -11,6 +11,7 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
@@ -28,6 +29,8 @@ from transformers import (
     StableLmConfig,
     Starcoder2Config,
 )
+
+from lorc_core.architecture import FAMILIES
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {
@@ -87,6 +90,12 @@ CONFIGS = {
     "phi3": Phi3Config(**GQA, sliding_window=12),
     "phi3-longrope": Phi3Config(**GQA, rope_parameters=LONGROPE, original_max_position_embeddings=32),
     "gpt2": GPT2Config(**TINY, n_positions=64),
+    "gpt_neo": GPTNeoConfig(
+        **(SPECIAL | {"initializer_range": 0.1, "vocab_size": 97, "hidden_size": 32, "num_layers": 3, "num_heads": 4}),
+        attention_types=[[["global", "local", "global"], 1]],
+        window_size=8,
+        max_position_embeddings=64,
+    ),
     "gpt_neox": GPTNeoXConfig(**DENSE, rope_parameters=PARTIAL),
     "gpt_neox-yarn": GPTNeoXConfig(**DENSE, rope_parameters=YARN | {"partial_rotary_factor": 0.5}),
     "gptj": GPTJConfig(**TINY, rotary_dim=4, n_positions=64),
@@ -105,6 +114,7 @@ CONFIGS = {
         **TINY, ffn_hidden_size=48, max_position_embeddings=64, new_decoder_architecture=True, num_kv_heads=2
     ),
     "mpt": MptConfig(**TINY, max_seq_len=64),
+    "mpt-clipped": MptConfig(**TINY, max_seq_len=64, attn_config={"clip_qkv": 1.0, "softmax_scale": 0.7}),
     "stablelm": StableLmConfig(**GQA, rope_parameters=PARTIAL, use_qkv_bias=True),
     "stablelm-qk-norm": StableLmConfig(**GQA, rope_parameters=PARTIAL, qk_layernorm=True, use_parallel_residual=True),
     "cohere": CohereConfig(**GQA, logit_scale=1.0),
@@ -114,7 +124,7 @@ CONFIGS = {
     "granite": GraniteConfig(**GQA, attention_multiplier=0.3, residual_multiplier=0.8, attention_bias=True),
     "smollm3": SmolLM3Config(**GQA, no_rope_layers=[1, 0, 1]),
 }
-WITHOUT_INTERFACE = ("bloom", "falcon", "falcon-yarn", "falcon-alibi", "falcon-new", "gptj", "mpt")
+WITHOUT_INTERFACE = tuple(name for name, config in CONFIGS.items() if not FAMILIES[config.model_type].interface)
 
 
 def tiny_model(name, seed=0):
