@@ -27,17 +27,19 @@ MAX_WINDOW_TOKENS = 2048
 class LayerObserver:
     """Adds up the moments of one layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, join_rotated_heads: bool) -> None:
+        self.join_rotated_heads = join_rotated_heads
         self.found: LayerMoments | None = None
 
     def __call__(self, seen: Observed) -> None:
         keys, queries = by_kv_head(seen.key), by_query_head(seen.query, seen.key.shape[1])
-        moments = measure(keys, queries, "")
+        moments = measure(keys, queries, "", join_heads=True)
         moments["inputs"] = SecondMoment.of(seen.inputs.double().norm(dim=-1).flatten()[:, None])
         moments["values"] = SecondMoment.of(by_kv_head(seen.value).transpose(0, 1).flatten(1))
         if seen.rotation is not None:
             rotated = by_query_head(seen.rotated_query, seen.key.shape[1])
-            moments |= measure(by_kv_head(seen.rotated_key), rotated, "rotated_")
+            keys = by_kv_head(seen.rotated_key)
+            moments |= measure(keys, rotated, "rotated_", join_heads=self.join_rotated_heads)
         batch = LayerMoments(moments)
         self.found = batch if self.found is None else self.found + batch
 
@@ -53,12 +55,16 @@ def by_query_head(queries: Tensor, num_kv_heads: int) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate(model: PreTrainedModel, sequences: Iterable[Int[Tensor, "_ _"]]) -> tuple[LayerMoments, ...]:
+def calibrate(
+    model: PreTrainedModel, sequences: Iterable[Int[Tensor, "_ _"]], *, join_rotated_heads: bool = False
+) -> tuple[LayerMoments, ...]:
     """Second moments of every layer's keys, queries and values on some text.
 
     Args:
         model: Without a variant attached, on any devices.
         sequences: Batches of token ids; every token counts, so no padding.
+        join_rotated_heads: Whether rotated keys are measured over all heads together; see
+            `Method.joins_rotated_heads`.
 
     Returns:
         One for each layer, on that layer's device. They add up with those of other texts.
@@ -68,7 +74,7 @@ def calibrate(model: PreTrainedModel, sequences: Iterable[Int[Tensor, "_ _"]]) -
         NumericsError: Activations hold NaN or infinity; the message names the first such layer.
     """
     architecture = architecture_of(model.config)
-    observers = [LayerObserver() for _ in range(architecture.num_layers)]
+    observers = [LayerObserver(join_rotated_heads=join_rotated_heads) for _ in range(architecture.num_layers)]
     untouched = [dict.fromkeys(KINDS)] * architecture.num_layers
     with Attachment(model, architecture, untouched, observers).start():
         for batch in sequences:

@@ -9,7 +9,7 @@ from torch import Tensor
 from lorc_core.architecture import Architecture, Kind
 from lorc_core.bounds import least_read_errors
 from lorc_core.checkpoint import WeightSource
-from lorc_core.moments import PROJECTION_OF, LayerMoments, output_moment
+from lorc_core.moments import PROJECTION_OF, LayerMoments, output_moment, over_all_heads
 from lorc_core.projection import Factors
 from lorc_core.weights import read_bias, read_weight
 
@@ -20,7 +20,8 @@ class ProjectionErrors:
 
     Attributes:
         bound: Theorem 1 of LoRC, for any projection: the spectral norm of (I - P) W times the length of the input (of
-            length one, without calibration). None for rotated or normalised keys, which are no linear map of the input.
+            length one, without calibration). None for keys after a norm, or after the rotation unless their projection
+            commutes with it: they are no linear map of the input.
         error: Measured length of what the cache loses of the states.
         read_error: Measured root of tr(M (I - P) C (I - P)^T): of the logits, or of the attention output for weights
             of one.
@@ -54,9 +55,10 @@ def projection_errors(
     exact = factors.to("cpu", torch.float64)
     identity = torch.eye(architecture.kv_width, dtype=torch.float64)
     rest = identity - exact.rebuild(exact.project_down(identity)).T
+    rotated = factors.rotated and not factors.partition.is_complex  # those commute with the rotation
     bound = None
     normalised = place[1] == "keys" and architecture.qk_norm
-    if not factors.rotated and not normalised:
+    if not rotated and not normalised:
         lost_weight = rest @ read_weight(source, architecture, place[0], PROJECTION_OF[place[1]]).double()
         bound = torch.linalg.eigvalsh(lost_weight @ lost_weight.T)[-1].clamp(min=0).sqrt().item()
         if calibrated is not None:
@@ -64,8 +66,8 @@ def projection_errors(
         bound += lost_constant(source, architecture, place, exact, rest)
     if calibrated is None:
         return ProjectionErrors(bound, None, None, None)
-    prefix = "rotated_" if factors.rotated else ""
-    states = calibrated.moments[prefix + place[1]].about(exact.mean)
+    prefix = "rotated_" if rotated else ""
+    states = over_all_heads(calibrated.moments[prefix + place[1]].about(exact.mean))
     if place[1] == "values":
         readers = output_moment(source, architecture, place[0], "stack")
     else:

@@ -64,7 +64,7 @@ class Measuring:
     def moments(self, method: Method) -> tuple[LayerMoments, ...]:
         """See `calibrate`."""
         method.check_enough_tokens(self.architecture, self.sequences.numel())
-        return calibrate(self.model, self.batches)
+        return calibrate(self.model, self.batches, join_rotated_heads=method.joins_rotated_heads)
 
     def trained(
         self, method: Method, layers: list[LayerDecomposition]

@@ -63,6 +63,11 @@ class Axes:
         """Whether the cached states of a layer are rotated ones."""
         return self.space == "post_rope" and architecture.layer_rotary(layer_idx) is not None
 
+    @property
+    def joins_rotated_heads(self) -> bool:
+        """Whether blocks span heads whose states are measured rotated; calibration is dearer then."""
+        return (self.statistics, self.space) == ("calibration", "post_rope") and self.block not in ("head", "frequency")
+
     def has_mean(self, architecture: Architecture, layer_idx: int, kind: Kind) -> bool:
         """Whether a constant is kept beside the factors: not the bias of keys that a norm or a rotation follows."""
         if self.mean == "measured":
@@ -160,6 +165,11 @@ class Method:
             raise ConfigError(
                 f"schedule {schedule.name} measures without the adapters of lora_rank; use one that measures nothing"
             )
+
+    @property
+    def joins_rotated_heads(self) -> bool:
+        """See `Axes.joins_rotated_heads`; of any layer."""
+        return any(one.keys.joins_rotated_heads for one in (self, *self.layers.values()))
 
     @property
     def needs_calibration(self) -> bool:

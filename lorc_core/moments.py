@@ -86,8 +86,9 @@ class LayerMoments:
     Attributes:
         moments: By stage: `inputs`, the lengths of what the projections read (1); `keys` and `values` over all kv
             heads (N); `queries` (G, D), of the query heads that read each kv head taken as so many tokens; `summed`
-            (G, D), of the sum of those query heads; and `rotated_...` keys, queries and sums, where there is a
-            rotation.
+            (G, D), of the sum of those query heads; and, where there is a rotation, `rotated_queries`,
+            `rotated_summed` and `rotated_keys`, these of each head (G, D) or, where a method asks for it, over all
+            (N).
     """
 
     moments: dict[str, SecondMoment]
@@ -126,12 +127,16 @@ class LayerMoments:
 
 
 def measure(
-    keys: Float[Tensor, "g t d"], queries: Float[Tensor, "g m t d"], prefix: Literal["", "rotated_"]
+    keys: Float[Tensor, "g t d"],
+    queries: Float[Tensor, "g m t d"],
+    prefix: Literal["", "rotated_"],
+    *,
+    join_heads: bool,
 ) -> dict[str, SecondMoment]:
     """The moments of keys and queries in one space; M queries read each kv head."""
     stacked = SecondMoment.of(queries.flatten(1, 2))
     return {
-        f"{prefix}keys": SecondMoment.of(keys.transpose(0, 1).flatten(1)),
+        f"{prefix}keys": SecondMoment.of(keys.transpose(0, 1).flatten(1) if join_heads else keys),
         f"{prefix}queries": stacked,
         f"{prefix}summed": stacked if queries.shape[1] == 1 else SecondMoment.of(queries.sum(dim=1)),
     }
@@ -200,10 +205,16 @@ def calibrated_moments(
     else:
         known = axes.has_mean(architecture, layer_idx, kind)
         mean = known_mean(source, architecture, layer_idx, kind) if known else None
+    states = over_all_heads(measured.about(mean))
     if kind == "values":
-        return Moments(measured.about(mean), output_moment(source, architecture, layer_idx, axes.gqa), mean)
+        return Moments(states, output_moment(source, architecture, layer_idx, axes.gqa), mean)
     found = calibrated.stage("queries" if axes.gqa == "stack" else "summed", axes)
-    return Moments(measured.about(mean), torch.block_diag(*(found.total / measured.num_tokens)), mean)
+    return Moments(states, torch.block_diag(*(found.total / measured.num_tokens)), mean)
+
+
+def over_all_heads(moment: Float[Tensor, "*g i i"]) -> Float[Tensor, "n n"]:
+    """The moment over all kv heads; zero between heads where each was measured alone, which nothing then reads."""
+    return moment if moment.ndim == 2 else torch.block_diag(*moment)
 
 
 def known_mean(

@@ -143,11 +143,16 @@ def calibrated_steps(zoo: Zoo, model: ResolvedModel, store: Store) -> Calibrated
     if settings is None or settings.window_tokens > model.architecture.max_tokens:  # `check_variant` refuses those
         return None
     windows = windows_steps(model, settings.texts, settings, store)
+    recipe = {
+        "batch_size": settings.batch_size,
+        "num_shards": settings.shards,
+        "join_rotated_heads": any(entry.method.joins_rotated_heads for entry in zoo.variants),
+    }
     shards = tuple(
         Step(
             name="calibrate",
             model=model.entry.name,
-            recipe={"batch_size": settings.batch_size, "shard": idx, "num_shards": settings.shards},
+            recipe={**recipe, "shard": idx},
             pins=running(model),
             loads=loading(model),
             inputs={"windows": windows},

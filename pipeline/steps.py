@@ -29,7 +29,7 @@ REVISIONS = {
     "schedule": 3,
     "search": 1,
     "variant": 3,
-    "errors": 1,
+    "errors": 2,
     "windows": 2,
     "evaluate": 1,
     "register": 1,

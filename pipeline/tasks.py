@@ -62,11 +62,13 @@ def calibrate(
     batch_size: int,
     shard: int,
     num_shards: int,
+    join_rotated_heads: bool,
     windows: Sequence[Path],
 ) -> None:
     """Second moments of every layer on one shard of the calibration windows."""
     rows = torch.from_numpy(np.concatenate([np.load(path / WINDOWS_FILE) for path in windows]))[shard::num_shards]
-    for layer_idx, layer in enumerate(core_calibrate(model, rows.split(batch_size))):
+    found = core_calibrate(model, rows.split(batch_size), join_rotated_heads=join_rotated_heads)
+    for layer_idx, layer in enumerate(found):
         save_file(layer.tensors(), output / f"layer-{layer_idx}.safetensors")
 
 

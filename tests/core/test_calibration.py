@@ -8,12 +8,13 @@ import torch
 import lorc_core
 from lorc_core.architecture import architecture_of
 from lorc_core.calibration import batches, calibrate, calibration_sequences
-from lorc_core.compression import LoadedWeights
+from lorc_core.compression import LoadedWeights, decompose_layer
 from lorc_core.errors import ArtifactError, ConfigError, NumericsError
+from lorc_core.fidelity import projection_errors
 from lorc_core.methods import METHODS, Axes
 from lorc_core.moments import moments_of
 from tests.conftest import DEMO, tiny_model
-from tests.core.materialised import materialise
+from tests.core.materialised import dense_projection, materialise
 from tests.core.test_runtime import tokens
 
 NAMES = ["llama", "qwen2", "opt", "mistral-sliding"]
@@ -26,12 +27,15 @@ def by_tokens(states):
     return flat.T @ flat, flat.sum(dim=0)
 
 
-def expected_moments(layer, rotary):
+def expected_moments(layer, rotary, join_rotated_heads):
     lengths = layer.inputs.norm(dim=-1, keepdim=True)
     found = {"inputs": by_tokens(lengths), "values": by_tokens(layer.values)}
     for prefix in ("", "rotated_") if rotary else ("",):
         queries = getattr(layer, f"{prefix}queries")
-        found[f"{prefix}keys"] = by_tokens(getattr(layer, f"{prefix}keys"))
+        keys = getattr(layer, f"{prefix}keys")
+        by_head = keys.transpose(0, 1)
+        joined = not prefix or join_rotated_heads
+        found[f"{prefix}keys"] = by_tokens(keys) if joined else (by_head.mT @ by_head, by_head.sum(dim=1))
         stacked, summed = queries.transpose(0, 1).flatten(1, 2), queries.sum(dim=2).transpose(0, 1)
         found[f"{prefix}queries"] = stacked.mT @ stacked, stacked.sum(dim=1)
         found[f"{prefix}summed"] = summed.mT @ summed, summed.sum(dim=1)
@@ -43,14 +47,15 @@ def assert_near(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("join", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_calibrated_moments_equal_those_of_materialised_states(name):
+def test_calibrated_moments_equal_those_of_materialised_states(name, join):
     model = tiny_model(name)
     ids = tokens(model, rows=3, columns=20)
-    found, expected = calibrate(model, [ids]), materialise(model, ids)
+    found, expected = calibrate(model, [ids], join_rotated_heads=join), materialise(model, ids)
     assert len(found) == len(expected) == 3
     for measured, layer in zip(found, expected, strict=True):
-        reference = expected_moments(layer, rotary=name != "opt")
+        reference = expected_moments(layer, rotary=name != "opt", join_rotated_heads=join)
         assert set(measured.moments) == set(reference)
         assert measured.num_tokens == 60
         for stage, (total, sums) in reference.items():
@@ -185,3 +190,24 @@ def test_what_is_no_table_of_token_ids_is_refused(bad):
     plain = inspect.unwrap(calibration_sequences)  # users run without the shape checks of the tests
     with pytest.raises(ConfigError, match=r"calibration must be token ids \(sequences, tokens\), got"):
         plain(bad, None, LLAMA)
+
+
+@pytest.mark.parametrize("method", ["kq_svd", "phasor_freq"])
+def test_errors_of_rotated_keys_are_those_of_the_materialised_ones(method):
+    """Head blocks are measured head by head, and complex blocks before the rotation, which they commute with."""
+    model = tiny_model("llama")
+    ids = tokens(model, rows=3, columns=30)
+    calibrated, layer = calibrate(model, [ids])[1], materialise(model, ids)[1]
+    source = LoadedWeights(model)
+    found = decompose_layer(source, LLAMA, 1, METHODS[method], calibrated)["keys"]
+    factors = found.factors([found.partition.width // 2] * found.partition.num_blocks)
+    errors = projection_errors(source, LLAMA, (1, "keys"), factors, calibrated)
+    keys = layer.rotated_keys.flatten(1)
+    lost = keys - keys @ dense_projection(factors).T
+    assert errors.error == pytest.approx(lost.square().sum(1).mean().sqrt().item(), rel=1e-6)
+    wrong = layer.keys.flatten(1) @ (torch.eye(32, dtype=torch.float64) - dense_projection(factors)).T
+    if method == "kq_svd":
+        assert abs(wrong.square().sum(1).mean().sqrt().item() / errors.error - 1) > 1e-2  # the control
+        assert errors.bound is None
+    else:
+        assert errors.error < errors.bound

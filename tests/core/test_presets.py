@@ -23,11 +23,12 @@ LAYER = 1
 MODELS = ["llama", "qwen2", "llama-mha", "opt"]
 SMALL_PALU = replace(METHODS["palu"], **{kind: Axes("calibration", block="group(2)") for kind in KINDS})
 SUMMED = replace(METHODS["kq_svd"], **{kind: replace(METHODS["kq_svd"].axes(0, kind), gqa="sum") for kind in KINDS})
-METHODS_TESTED = METHODS | {"palu of 2": SMALL_PALU, "kq_svd summed": SUMMED}
+JOINED = replace(METHODS["k_svd"], keys=replace(METHODS["k_svd"].keys, block="group(2)"))
+METHODS_TESTED = METHODS | {"palu of 2": SMALL_PALU, "kq_svd summed": SUMMED, "k_svd of 2": JOINED}
 
 
 @cache
-def case(name):
+def case(name, join_rotated_heads=False):
     """A model, its states on some text, and what calibration measured."""
     model = tiny_model(name).double()
     generator = torch.Generator().manual_seed(1)
@@ -36,7 +37,7 @@ def case(name):
             if "norm" in parameter_name:
                 parameter += torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3
     ids = tokens(model, rows=4, columns=24)
-    return model, materialise(model, ids)[LAYER], calibrate(model, [ids])[LAYER]
+    return model, materialise(model, ids)[LAYER], calibrate(model, [ids], join_rotated_heads=join_rotated_heads)[LAYER]
 
 
 def norm_of(model):
@@ -146,6 +147,12 @@ def k_svd(model, layer, kind, channels, rank):
     return right_singular(after_rotation(model, layer, kind, channels)[0], rank)
 
 
+def k_svd_of_groups(model, layer, kind, channels, rank):
+    if kind == "keys" and rotary(model):
+        return right_singular(layer.rotated_keys.flatten(1)[:, channels], rank)
+    return right_singular(centred(model, layer, kind)[:, channels], rank)
+
+
 def eigen(model, layer, kind, channels, rank):
     states, readers = after_rotation(model, layer, kind, channels)
     return right_singular(torch.cat([states, readers]) if kind == "keys" else states, rank)
@@ -205,6 +212,7 @@ RECIPES = {
     "lorc_q": lorc_q,
     "kq_joint": kq_joint,
     "k_svd": k_svd,
+    "k_svd of 2": k_svd_of_groups,
     "eigen": eigen,
     "kq_svd": per_head_kq_svd,
     "kq_svd summed": summed_kq_svd,
@@ -237,9 +245,9 @@ def test_preset_equals_its_sources_recipe_on_materialised_tokens(method, name, k
 
 def worst_difference(method, recipe, name, kind):
     """Largest relative difference of what method and recipe make of the states, over blocks and some ranks."""
-    model, layer, calibrated = case(name)
-    architecture = architecture_of(model.config)
     chosen = METHODS_TESTED[method]
+    model, layer, calibrated = case(name, chosen.joins_rotated_heads)
+    architecture = architecture_of(model.config)
     found = decompose_layer(LoadedWeights(model), architecture, LAYER, chosen, calibrated)[kind]
     axes = chosen.axes(LAYER, kind)
     blocks = channels_of(axes.block, architecture.num_kv_heads, architecture.head_dim)
