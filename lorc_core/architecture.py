@@ -49,6 +49,7 @@ class Family:
         rotary_layers: Config list, true for the layers that rotate; None where all do.
         interface: Whether the module dispatches through transformers' attention interface.
         cache_argument: The keyword under which the module gets the cache.
+        scaled: Whether a module without the interface scales its logits by head_dim ** -0.5.
         max_tokens: Config field of the longest input; the number itself where the config has none.
     """
 
@@ -67,6 +68,7 @@ class Family:
     rotary_layers: str | None = None
     interface: bool = True
     cache_argument: str = "past_key_values"
+    scaled: bool = True
     max_tokens: str | int = "max_position_embeddings"
 
 
@@ -109,6 +111,16 @@ FAMILIES = {
         output="c_proj",
         bias=True,
         rotary="none",
+    ),
+    "gpt_neo": Family(
+        "h.{}.attn.attention",
+        "h.{}.ln_1",
+        "layer",
+        output="out_proj",
+        rotary="none",
+        interface=False,
+        cache_argument="layer_past",
+        scaled=False,
     ),
     "gpt_neox": Family(
         "layers.{}.attention",
@@ -174,13 +186,16 @@ CROSS_ATTENTION = "cross-attention has a cache of its own, which lorc does not h
 BIDIRECTIONAL = "its attention is bidirectional, so there is no cache of past tokens"
 
 REASONS = {
-    MLA: "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 mistral4 "
-    "youtu",
+    MLA: "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa longcat_flash "
+    "minicpm3 mistral4 youtu",
     LINEAR: "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe mamba mamba2 "
     "minimax nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rwkv xlstm zamba zamba2",
     SHARED: "gemma3n gemma3n_text gemma4 gemma4_text",
     SINKS: "deepseek_v4 flint gpt_oss granite_swa granitemoe_swa mimo_v2_flash",
 }
+
+
+RECURRENT_LAYERS = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
 
 
 def reason_unsupported(config: PreTrainedConfig) -> str | None:
@@ -195,7 +210,7 @@ def reason_unsupported(config: PreTrainedConfig) -> str | None:
         MULTIMODAL: getattr(config, "text_config", None) is not None,
         CROSS_ATTENTION: getattr(config, "add_cross_attention", False),
         BIDIRECTIONAL: getattr(config, "use_bidirectional_attention", False),
-        LINEAR: set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"},
+        LINEAR: RECURRENT_LAYERS & set(getattr(config, "layer_types", None) or ()),
     }
     return next((reason for reason, sign in signs.items() if sign), None)
 
@@ -349,14 +364,6 @@ def family_of(config: PreTrainedConfig) -> Family:
             f"supported are {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[config.model_type]
-
-
-def unobservable(architecture: Architecture) -> str:
-    """Why calibration cannot look at a model whose attention modules attend by themselves."""
-    return (
-        f"calibration looks at queries through transformers' attention interface, which {architecture.model_type} does "
-        "not use; choose a method from weights alone (lorc, lorc_q) and a schedule that does not look at attention"
-    )
 
 
 def fact(config: PreTrainedConfig, named: str | bool) -> bool:

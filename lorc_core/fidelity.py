@@ -20,8 +20,8 @@ class ProjectionErrors:
 
     Attributes:
         bound: Theorem 1 of LoRC, for any projection: the spectral norm of (I - P) W times the length of the input (of
-            length one, without calibration). None for normalised keys, and for keys after the rotation unless their
-            projection commutes with it: those are no linear map of the input.
+            length one, without calibration). None for keys after a norm, or after the rotation unless their projection
+            commutes with it: they are no linear map of the input.
         error: Measured length of what the cache loses of the states.
         read_error: Measured root of tr(M (I - P) C (I - P)^T): of the logits, or of the attention output for weights
             of one.
@@ -55,7 +55,7 @@ def projection_errors(
     exact = factors.to("cpu", torch.float64)
     identity = torch.eye(architecture.kv_width, dtype=torch.float64)
     rest = identity - exact.rebuild(exact.project_down(identity)).T
-    rotated = factors.rotated and factors.partition.block != "frequency"  # those commute with the rotation
+    rotated = factors.rotated and not factors.partition.is_complex  # those commute with the rotation
     bound = None
     normalised = place[1] == "keys" and architecture.qk_norm
     if not rotated and not normalised:

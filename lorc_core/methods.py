@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from lorc_core.architecture import KINDS, Architecture, Kind, unobservable
+from lorc_core.architecture import KINDS, Architecture, Kind
 from lorc_core.blocks import Partition, check_block, partition_of
-from lorc_core.errors import ConfigError, UnsupportedModelError
+from lorc_core.errors import ConfigError
 from lorc_core.schedule import (
     Energy,
     ErrorBudget,
@@ -177,9 +177,7 @@ class Method:
         return self.training is not None or any(one.statistics == "calibration" for one in axes)
 
     def check(self, architecture: Architecture) -> None:
-        """Raise ConfigError, or UnsupportedModelError, where a model cannot be compressed so; the message says why."""
-        if self.needs_calibration and not architecture.family.interface:
-            raise UnsupportedModelError(f"method {self.name}: {unobservable(architecture)}")
+        """Raise ConfigError where a model cannot be compressed so; the message says why."""
         for layer_idx in self.layers:
             if not 0 <= layer_idx < architecture.num_layers:
                 raise ConfigError(

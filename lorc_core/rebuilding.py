@@ -1,31 +1,103 @@
-"""The view of a cache for attention modules that attend by themselves, outside transformers' attention interface.
+"""Attention modules that attend by themselves, outside transformers' attention interface, as GPT-J's do.
 
-BLOOM, Falcon, GPT-J and MPT get whole keys and values back: slower than attending over latents, with the same memory
-and the same numbers.
+They get whole keys and values back from the view of their cache: slower than attending over latents, with the same
+memory and the same numbers. Calibration looks at them through the same view.
 
-Shapes: B batch, H cached heads, G kv heads, D head_dim, Q new tokens, S cached and new tokens.
+Shapes: B batch, H query heads, C cached heads, G kv heads, D head_dim, Q new tokens, S cached and new tokens.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
-from lorc_core.latent_attention import LatentCache, LayerState, key_rotation, rebuild
+from lorc_core.architecture import Architecture
+from lorc_core.latent_attention import Call, LatentCache, LayerState, Observed, key_rotation, rebuild
 from lorc_core.rotation import rotate, unrotate
+from lorc_core.weights import projection_rows
+
+
+class GivenStates:
+    """In place of a cache: what is to be attended to."""
+
+    def __init__(self, keys: Float[Tensor, "b c s d"], values: Float[Tensor, "b c s d"]) -> None:
+        self._states = keys, values
+
+    def update(self, *_: Any) -> tuple[Tensor, Tensor]:
+        return self._states
+
+    def get_seq_length(self) -> int:
+        return self._states[0].shape[-2]
+
+
+@dataclass(frozen=True)
+class OwnAttention:
+    """One call of a module that attends by itself: its arguments, without the cache."""
+
+    module: nn.Module
+    architecture: Architecture
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def num_copies(self) -> int:
+        """Cached heads in a row that are one kv head."""
+        return self.architecture.num_cached_heads // self.architecture.num_kv_heads
+
+    def one_of_copies(self, states: Float[Tensor, "b c s d"]) -> Float[Tensor, "b g s d"]:
+        return states[:, :: self.num_copies]
+
+    def copied(self, states: Float[Tensor, "b g s d"]) -> Float[Tensor, "b c s d"]:
+        return states.repeat_interleave(self.num_copies, dim=1)
+
+    def queries(self, inputs: Float[Tensor, "b q i"]) -> Float[Tensor, "b h q d"]:
+        """Unrotated, as if logits were scaled by head_dim ** -0.5; MPT may clip them first."""
+        architecture = self.architecture
+        stored = dict(self.module.get_submodule(architecture.family.projection.format("q")).named_parameters())
+        bias = projection_rows(architecture, "q", stored["bias"]) if architecture.bias else None
+        joint = nn.functional.linear(inputs, projection_rows(architecture, "q", stored["weight"]), bias)
+        scale = architecture.head_dim**-0.5 if architecture.family.scaled else 1.0
+        if architecture.model_type == "mpt":
+            own: Any = self.module
+            joint = joint.clamp(-own.clip_qkv, own.clip_qkv) if own.clip_qkv else joint
+            scale = own.softmax_scale
+        joint = joint * (scale * architecture.head_dim**0.5)
+        return joint.unflatten(-1, (self.architecture.num_heads, -1)).transpose(1, 2)
+
+    def attend(self, keys: Float[Tensor, "b g s d"], values: Float[Tensor, "b g s d"]) -> Float[Tensor, "b q h d"]:
+        """What the module would hand to its output projection with these rotated keys and values."""
+        found: list[Tensor] = []
+        output = self.module.get_submodule(self.architecture.family.output)
+        handle = output.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+        given = {self.architecture.family.cache_argument: GivenStates(self.copied(keys), self.copied(values))}
+        try:
+            self.module.forward(*self.args, **(dict(self.kwargs) | given))  # past the hooks of the module itself
+        finally:
+            handle.remove()
+        return found[0].unflatten(-1, (self.architecture.num_heads, -1))
+
+    def observed(self, call: Call, key: Tensor, value: Tensor, rotated_key: Tensor) -> Observed:
+        """What calibration looks at."""
+        assert call.inputs is not None
+        query = self.queries(call.inputs)
+        rotated_query = query if call.rotation is None else rotate(query, call.rotation)
+        states = (query, key, value, rotated_query, rotated_key)
+        return Observed(self.module, call.inputs, *states, call.rotation, self.attend)
 
 
 class RebuildingCache(LatentCache):
     """Stores latents and hands whole states back.
 
-    `num_copies` heads in a row that the module caches are one kv head; it is stored once. Keys arrive rotated: where
-    they were compressed before the rotation it is taken off them, and put on the rebuilt ones by their positions.
+    Keys arrive rotated: where they were compressed before the rotation it is taken off them, and put on the rebuilt
+    ones by their positions.
     """
 
-    def __init__(self, cache: Cache | None, state: LayerState, num_copies: int) -> None:
+    def __init__(self, cache: Cache | None, state: LayerState, own: OwnAttention) -> None:
         super().__init__(cache, state)
-        self._num_copies = num_copies
+        self._own = own
 
     def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
         """Tokens cached; MPT asks, and there may be no cache behind the view."""
@@ -33,24 +105,25 @@ class RebuildingCache(LatentCache):
 
     def update(
         self,
-        keys: Float[Tensor, "b h q d"],
-        values: Float[Tensor, "b h q d"],
+        keys: Float[Tensor, "b c q d"],
+        values: Float[Tensor, "b c q d"],
         layer_idx: int,
         *args: Any,
         **kwargs: Any,
-    ) -> tuple[Float[Tensor, "b h s d"], Float[Tensor, "b h s d"]]:
+    ) -> tuple[Float[Tensor, "b c s d"], Float[Tensor, "b c s d"]]:
         """Project down, let the real cache append, rebuild all it holds."""
         state = self._state
         call = state.call
         assert call is not None
-        new_keys, new_values = keys[:, :: self._num_copies], values[:, :: self._num_copies]
+        new_keys, new_values = self._own.one_of_copies(keys), self._own.one_of_copies(values)
         if call.rotation is not None:
             new_keys = unrotate(new_keys, call.rotation)
         latents = super().update(new_keys, new_values, layer_idx, *args, **kwargs)
-        all_keys, all_values = rebuild(latents[0], state, "keys"), rebuild(latents[1], state, "values")
-        if call.rotation is not None:
-            all_keys = rotate(all_keys, key_rotation(state, call, all_keys, keys.shape[-2]))
         state.call = None
-        return all_keys.repeat_interleave(self._num_copies, dim=1), all_values.repeat_interleave(
-            self._num_copies, dim=1
-        )
+        key, value = rebuild(latents[0], state, "keys"), rebuild(latents[1], state, "values")
+        rotated_key = key
+        if call.rotation is not None:
+            rotated_key = rotate(key, key_rotation(state, call, key, keys.shape[-2]))
+        if state.observe is not None:
+            state.observe(self._own.observed(call, key, value, rotated_key))
+        return self._own.copied(rotated_key), self._own.copied(value)

@@ -52,7 +52,7 @@ class LayerRotation:
     rotary: Rotary
     module: nn.Module | None
 
-    def __call__(self, like: Float[Tensor, "..."], positions: Int[Tensor, "b s"]) -> Rotation:
+    def __call__(self, like: Float[Tensor, "..."], positions: Int[Tensor, "#b s"]) -> Rotation:
         """The rotation at some positions, in the dtype and on the device of `like`."""
         interleaved, layer_type = self.rotary.interleaved, self.rotary.layer_type
         if self.module is not None:

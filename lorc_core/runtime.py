@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from lorc_core.adapters import AdapterTensors, hook_adapters
-from lorc_core.architecture import Architecture, architecture_of, unobservable
+from lorc_core.architecture import Architecture, architecture_of
 from lorc_core.errors import ConfigError, UnsupportedModelError
 from lorc_core.latent_attention import (
     STATE_ATTRIBUTE,
@@ -29,7 +29,7 @@ from lorc_core.latent_attention import (
     Observed,
     latent_attention,
 )
-from lorc_core.rebuilding import RebuildingCache
+from lorc_core.rebuilding import OwnAttention, RebuildingCache
 from lorc_core.rotation import LayerRotation, RowPositions, SlotTurns
 from lorc_core.variant import Variant
 
@@ -61,8 +61,8 @@ def enter_attention(
     if architecture.family.interface:
         kwargs[argument] = LatentCache(kwargs.get(argument), state)
     else:
-        copies = architecture.num_cached_heads // architecture.num_kv_heads
-        kwargs[argument] = RebuildingCache(kwargs.get(argument), state, copies)
+        own = OwnAttention(module, architecture, args, dict(kwargs))
+        kwargs[argument] = RebuildingCache(kwargs.get(argument), state, own)
     return args, kwargs
 
 
@@ -161,8 +161,6 @@ class Attachment:
             undo.callback(self.detach)
             if self.architecture.family.interface:
                 use_latent_attention(self.model, self._underlying)
-            elif any(self._observers):
-                raise UnsupportedModelError(unobservable(self.architecture))
             for layer_idx, (factors, observe) in enumerate(zip(self._factors, self._observers, strict=True)):
                 idle = observe is None and not any(factors.values()) and not caches_copies
                 self.layers.append(None if idle else self._hook(layer_idx, factors, observe))
