@@ -61,7 +61,7 @@ def reader_of(factors: Factors | None, offset: Float[Tensor, " n"] | None, num_k
     if offset is not None:
         offset = offset.unflatten(0, (num_kv_heads, -1))
     num_blocks = len(factors.ranks)
-    if factors.partition.block != "frequency" and len(set(factors.ranks)) == 1:
+    if factors.partition.rank_step == 1 and len(set(factors.ranks)) == 1:
         of_blocks = factors.up.unflatten(1, (num_blocks, -1)).transpose(0, 1)  # (L, W, R), W the heads of a block
         return Reader(num_blocks, of_blocks.reshape(num_kv_heads, -1, of_blocks.shape[-1]), offset)
     identity = torch.eye(sum(factors.ranks), dtype=factors.up.dtype, device=factors.up.device)

@@ -24,7 +24,7 @@ from lorc_core.calibration import calibrate
 from lorc_core.checkpoint import Checkpoint
 from lorc_core.compression import LoadedWeights, decompose_layer
 from lorc_core.errors import ConfigError, UnsupportedModelError
-from lorc_core.latent_attention import key_rotation
+from lorc_core.latent_attention import key_rotation, turns_of
 from lorc_core.methods import METHODS, Axes
 from lorc_core.moments import moments_of, position_average, projected_input
 from lorc_core.rotation import LayerRotation
@@ -517,12 +517,13 @@ def test_the_wrong_basis_of_two_is_seen(monkeypatch):
 
 @pytest.mark.parametrize("name", ["llama", "cohere", "gptj", "falcon-new"])
 def test_a_wrong_position_is_seen(name, monkeypatch):
-    def wrong(state, call, keys, q_len):
-        call.past = 0
-        return key_rotation(state, call, keys, q_len)
+    for module, function in (("latent_attention", turns_of), ("rebuilding", key_rotation)):
 
-    for module in ("latent_attention", "rebuilding"):
-        monkeypatch.setattr(f"lorc_core.{module}.key_rotation", wrong)
+        def wrong(state, call, *args, right=function):
+            call.past = 0
+            return right(state, call, *args)
+
+        monkeypatch.setattr(f"lorc_core.{module}.{function.__name__}", wrong)
     assert decode_difference(name) > 100 * BOUND
 
 
