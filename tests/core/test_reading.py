@@ -25,6 +25,7 @@ PARTITIONS = {
     "groups of one rank": ("group(2)", (5, 5)),
     "groups of two ranks": ("group(2)", (7, 2)),
     "frequency": ("frequency", (4, 0, 6)),
+    "interleaved": ("interleaved_frequency", (2, 6, 2)),
 }
 
 
