@@ -20,6 +20,7 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lorc_core.architecture import KINDS, Kind
+from lorc_core.caches import check_fits
 from lorc_core.projection import Factors
 from lorc_core.rotation import Rotation, RowPositions, rotate
 
@@ -115,6 +116,7 @@ class LatentCache:
         latents = [project_down(states[kind], self._state, kind) for kind in KINDS]
         if self._cache is None:
             return latents[0], latents[1]
+        check_fits(self._cache, layer_idx, latents[0], latents[1])
         call = self._state.call
         assert call is not None
         past = self._cache.get_query_offset(layer_idx)
