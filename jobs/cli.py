@@ -128,9 +128,9 @@ def export(
     workdir: Workdir = WORKDIR,
 ) -> None:
     """Write a standalone checkpoint that transformers loads without the base model."""
-    from jobs.export_variant import export_variant
+    from jobs.export_checkpoint import export_checkpoint
 
-    raise typer.Exit(export_variant(variant, directory, base, workdir))
+    raise typer.Exit(export_checkpoint(variant, directory, base, workdir))
 
 
 @app.command()

@@ -19,7 +19,7 @@ _MODULES = {
     "errors": ("ArtifactError", "ConfigError", "LorcError", "NumericsError", "UnsupportedModelError"),
     "memory": ("cache_bytes",),
     "methods": ("METHODS", "Method"),
-    "export": ("export",),
+    "export": ("export_variant",),
     "loading": ("load",),
     "runtime": ("Attachment", "attach"),
     "schedule": ("SCHEDULES", "Progressive", "RankSchedule", "Uniform"),

@@ -50,7 +50,7 @@ class Exported:
     kept: dict[Kind, str]
 
 
-def export(variant_dir: Path | str, directory: Path | str, *, base: Path | str | None = None) -> Exported:
+def export_variant(variant_dir: Path | str, directory: Path | str, *, base: Path | str | None = None) -> Exported:
     """Write a standalone checkpoint of a variant: config, weights, tokenizer and a shim for `trust_remote_code`.
 
     Args:

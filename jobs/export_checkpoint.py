@@ -7,15 +7,15 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from jobs.generate import find_variant
-from lorc_core.export import export
+from lorc_core.export import export_variant
 
 
-def export_variant(reference: str, directory: Path, base: Path | None, workdir: Path) -> int:
+def export_checkpoint(reference: str, directory: Path, base: Path | None, workdir: Path) -> int:
     """Export and say what was folded. Returns the exit code."""
     transformers_logging.disable_progress_bar()
     with TemporaryDirectory() as scratch:
         variant_dir, _ = find_variant(reference, workdir, Path(scratch))
-        exported = export(variant_dir, directory, base=base)
+        exported = export_variant(variant_dir, directory, base=base)
     console = Console(soft_wrap=True)
     sizes = f"{exported.weight_bytes:,} bytes of weights, the base model has {exported.base_weight_bytes:,}"
     console.print(f"exported to {exported.directory}: {sizes}", highlight=False)
