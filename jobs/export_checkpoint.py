@@ -7,6 +7,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from jobs.generate import find_variant
+from lorc_core.errors import ArtifactError, ConfigError
 from lorc_core.export import export_variant
 
 
@@ -15,7 +16,10 @@ def export_checkpoint(reference: str, directory: Path, base: Path | None, workdi
     transformers_logging.disable_progress_bar()
     with TemporaryDirectory() as scratch:
         variant_dir, _ = find_variant(reference, workdir, Path(scratch))
-        exported = export_variant(variant_dir, directory, base=base)
+        try:
+            exported = export_variant(variant_dir, directory, base=base)
+        except ArtifactError as error:  # what was named on the command line cannot be exported
+            raise ConfigError(str(error)) from error
     console = Console(soft_wrap=True)
     sizes = f"{exported.weight_bytes:,} bytes of weights, the base model has {exported.base_weight_bytes:,}"
     console.print(f"exported to {exported.directory}: {sizes}", highlight=False)
