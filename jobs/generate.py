@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging as transformers_logging
 
 import lorc_core
@@ -20,11 +21,7 @@ from pipeline.graph import default_tracking_uri
 def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: Path) -> int:
     """Stream a greedy continuation to standard output, and its cost to standard error. Returns the exit code."""
     transformers_logging.disable_progress_bar()
-    if is_exported(Path(reference)):
-        tokenizer_dir = Path(reference)
-        model = AutoModelForCausalLM.from_pretrained(tokenizer_dir, dtype="auto", device_map="auto")
-    else:
-        model, tokenizer_dir = load_reference(reference, workdir)
+    model, tokenizer_dir = load_reference(reference, workdir)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)
@@ -36,6 +33,8 @@ def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: Pat
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer, return_dict_in_generate=True
     )
     seconds = time.perf_counter() - begin
+    assert isinstance(output, GenerateDecoderOnlyOutput)
+    assert output.past_key_values is not None
     num_new = output.sequences.shape[1] - prompt_tokens
     Console(stderr=True, soft_wrap=True).print(
         f"{num_new} tokens, {num_new / seconds:.1f} per second with the prompt's {prompt_tokens}; "
@@ -52,7 +51,9 @@ def is_exported(directory: Path) -> bool:
 
 
 def load_reference(reference: str, workdir: Path) -> tuple[PreTrainedModel, Path]:
-    """The base model with a variant attached, and the base's directory."""
+    """A model whose cache is compressed, and the directory of its tokenizer."""
+    if is_exported(Path(reference)):
+        return AutoModelForCausalLM.from_pretrained(reference, dtype="auto", device_map="auto"), Path(reference)
     with TemporaryDirectory() as scratch:
         directory, dtype = find_variant(reference, workdir, Path(scratch))
         base = lorc_core.load_variant(directory).base
