@@ -4,9 +4,10 @@ import json
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging as transformers_logging
 
@@ -50,7 +51,7 @@ def is_exported(directory: Path) -> bool:
     return config.is_file() and json.loads(config.read_text()).get("model_type", "").startswith(PREFIX)
 
 
-def load_reference(reference: str, workdir: Path) -> tuple[PreTrainedModel, Path]:
+def load_reference(reference: str, workdir: Path) -> tuple[Any, Path]:
     """A model whose cache is compressed, and the directory of its tokenizer."""
     if is_exported(Path(reference)):
         return AutoModelForCausalLM.from_pretrained(reference, dtype="auto", device_map="auto"), Path(reference)
