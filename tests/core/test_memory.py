@@ -155,7 +155,7 @@ print(cache_bytes(cache), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) *
 def test_the_memory_of_a_process_falls_with_the_cache():
     """Peak resident memory with 8,192 tokens cached: what the cache saves, less what rebuilding one layer takes.
 
-    Measured: the cache falls by 403 MB.
+    The cache falls by 403 MB.
     """
     # glibc would keep freed blocks of up to 32 MB for later; from 1 MB on they now go back to the system at once
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
