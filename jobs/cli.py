@@ -107,15 +107,30 @@ def regress(
 
 @app.command()
 def generate(
-    variant: Annotated[str, typer.Argument(help="A variant's directory, or NAME, NAME/VERSION, NAME@ALIAS.")],
+    variant: Annotated[
+        str, typer.Argument(help="A variant's or an export's directory, or NAME, NAME/VERSION, NAME@ALIAS.")
+    ],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     workdir: Workdir = WORKDIR,
 ) -> None:
-    """Continue a text with a compressed cache."""
+    """Continue a text with a compressed cache, and say how many bytes it took and how fast it went."""
     from jobs.generate import generate_text
 
     raise typer.Exit(generate_text(variant, prompt, max_new_tokens, workdir))
+
+
+@app.command()
+def export(
+    variant: Annotated[str, typer.Argument(help="A variant's directory, or NAME, NAME/VERSION, NAME@ALIAS.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.")],
+    base: Annotated[Path | None, typer.Option(help="The base model, if not where it was.")] = None,
+    workdir: Workdir = WORKDIR,
+) -> None:
+    """Write a standalone checkpoint that transformers loads without the base model."""
+    from jobs.export_checkpoint import export_checkpoint
+
+    raise typer.Exit(export_checkpoint(variant, directory, base, workdir))
 
 
 @app.command()

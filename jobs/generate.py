@@ -1,34 +1,65 @@
 """Continue a text with a variant's compressed cache: `lorc generate VARIANT PROMPT`."""
 
+import json
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from transformers import AutoTokenizer, TextStreamer
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging as transformers_logging
 
 import lorc_core
 from lorc_core.checkpoint import model_directory
 from lorc_core.errors import ConfigError
+from lorc_core.standalone_config import PREFIX
 from lorc_core.variant import CONFIG_FILE
 from pipeline.graph import default_tracking_uri
 
 
 def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: Path) -> int:
-    """Stream a greedy continuation to standard output. Returns the exit code."""
+    """Stream a greedy continuation to standard output, and its cost to standard error. Returns the exit code."""
     transformers_logging.disable_progress_bar()
+    model, tokenizer_dir = load_reference(reference, workdir)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs.pop("token_type_ids", None)
+    if not (prompt_tokens := inputs["input_ids"].shape[1]):
+        raise ConfigError("the prompt is empty")
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    begin = time.perf_counter()
+    output = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer, return_dict_in_generate=True
+    )
+    seconds = time.perf_counter() - begin
+    assert isinstance(output, GenerateDecoderOnlyOutput)
+    assert output.past_key_values is not None
+    num_new = output.sequences.shape[1] - prompt_tokens
+    Console(stderr=True, soft_wrap=True).print(
+        f"{num_new} tokens, {num_new / seconds:.1f} per second with the prompt's {prompt_tokens}; "
+        f"cache {lorc_core.cache_bytes(output.past_key_values):,} bytes",
+        highlight=False,
+    )
+    return 0
+
+
+def is_exported(directory: Path) -> bool:
+    """Whether `lorc export` wrote the directory."""
+    config = directory / "config.json"
+    return config.is_file() and json.loads(config.read_text()).get("model_type", "").startswith(PREFIX)
+
+
+def load_reference(reference: str, workdir: Path) -> tuple[Any, Path]:
+    """A model whose cache is compressed, and the directory of its tokenizer."""
+    if is_exported(Path(reference)):
+        return AutoModelForCausalLM.from_pretrained(reference, dtype="auto", device_map="auto"), Path(reference)
     with TemporaryDirectory() as scratch:
         directory, dtype = find_variant(reference, workdir, Path(scratch))
         base = lorc_core.load_variant(directory).base
         base_dir = model_directory(base.source, base.revision)
-        model = lorc_core.load(directory, base=base_dir, dtype=dtype, device_map="auto")
-    tokenizer = AutoTokenizer.from_pretrained(base_dir)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    inputs.pop("token_type_ids", None)
-    if not inputs["input_ids"].shape[1]:
-        raise ConfigError("the prompt is empty")
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-    return 0
+        return lorc_core.load(directory, base=base_dir, dtype=dtype, device_map="auto"), base_dir
 
 
 def find_variant(reference: str, workdir: Path, scratch: Path) -> tuple[Path, str]:

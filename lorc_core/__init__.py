@@ -6,17 +6,20 @@
     lorc_core.cache_bytes(output.past_key_values)
 
 Names are imported when they are first used: transformers' modelling code takes seconds, and what only reads
-configs and schedules does not need it.
+configs and schedules does not need it. `AutoModelForCausalLM` knows exported variants from this import on.
 """
 
 import importlib
 from typing import Any
+
+from lorc_core.registration import register_with_transformers
 
 _MODULES = {
     "compression": ("compress",),
     "errors": ("ArtifactError", "ConfigError", "LorcError", "NumericsError", "UnsupportedModelError"),
     "memory": ("cache_bytes",),
     "methods": ("METHODS", "Method"),
+    "export": ("export_variant",),
     "loading": ("load",),
     "runtime": ("Attachment", "attach"),
     "schedule": ("SCHEDULES", "Progressive", "RankSchedule", "Uniform"),
@@ -35,3 +38,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+register_with_transformers()

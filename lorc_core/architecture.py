@@ -17,6 +17,7 @@ from lorc_core.errors import ConfigError, UnsupportedModelError
 Kind = Literal["keys", "values"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Projection = Literal["q", "k", "v"]
+PROJECTION_OF: dict[Kind, Projection] = {"keys": "k", "values": "v"}
 # Of RMSNorm and LayerNorm, the kinds whose stored weight is the gain less one, and without a bias.
 NormKind = Literal["rms", "rms_plus_one", "layer", "layer_unbiased"]
 # One tensor for all three: whole W_q, W_k, W_v one after another, or for each kv head its query heads, key, value.

@@ -66,7 +66,7 @@ class Checkpoint:
         Raises:
             ArtifactError: No tensor, or more than one, has that name.
         """
-        full_name = self._full_name(name)
+        full_name = self.full_name(name)
         with safe_open(self.file_of[full_name], framework="pt") as file:
             return file.get_tensor(full_name)
 
@@ -80,7 +80,7 @@ class Checkpoint:
 
         An edit of other tensors between the samples is not seen; reading all of a 70B model would take minutes.
         """
-        whole = {self._full_name(name) for name in names}
+        whole = {self.full_name(name) for name in names}
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
         for path, header in sorted(self.headers.items()):
             digest.update(json.dumps([path.name, header], sort_keys=True).encode())
@@ -93,7 +93,7 @@ class Checkpoint:
                         digest.update(file.read(stop - start))
         return digest.hexdigest()
 
-    def _full_name(self, name: str) -> str:
+    def full_name(self, name: str) -> str:
         """Checkpoints differ in the prefix of their names ("model.", none); match on the end."""
         matches = [full for full in self.file_of if full == name or full.endswith(f".{name}")]
         if len(matches) != 1:

@@ -16,7 +16,7 @@ from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
 from lorc_core.checkpoint import Checkpoint, WeightSource, read_config
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.methods import Axes, Method, known_method
-from lorc_core.moments import PROJECTION_OF, LayerMoments, moments_of
+from lorc_core.moments import LayerMoments, moments_of
 from lorc_core.projection import Decomposition, Factors, LayerDecomposition, decompose, decompose_weight, layer_spectrum
 from lorc_core.schedule import Schedule, check_kept_fraction, known_schedule
 from lorc_core.spectra import RankSchedule

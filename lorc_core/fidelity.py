@@ -9,7 +9,7 @@ from torch import Tensor
 from lorc_core.architecture import Architecture, Kind
 from lorc_core.bounds import least_read_errors
 from lorc_core.checkpoint import WeightSource
-from lorc_core.moments import PROJECTION_OF, LayerMoments, output_moment, over_all_heads
+from lorc_core.moments import LayerMoments, output_moment, over_all_heads
 from lorc_core.projection import Factors
 from lorc_core.weights import read_bias, read_weight
 

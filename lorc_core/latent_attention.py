@@ -20,6 +20,7 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lorc_core.architecture import KINDS, Kind
+from lorc_core.caches import check_fits
 from lorc_core.projection import Factors
 from lorc_core.reading import Reader, mixed, reader_of, rotated_scores, scores_of, turned, weighted
 from lorc_core.rotation import LayerRotation, Rotation, RowPositions, SlotTurns, rotate
@@ -141,6 +142,7 @@ class LatentCache:
         latents = [project_down(states[kind], self._state, kind) for kind in KINDS]
         if self._cache is None:
             return latents[0], latents[1]
+        check_fits(self._cache, layer_idx, latents[0], latents[1])
         call = self._state.call
         assert call is not None
         past = self._cache.get_query_offset(layer_idx)
@@ -158,9 +160,10 @@ def project_down(states: Float[Tensor, "b g q d"], state: LayerState, kind: Kind
     """
     if not state.compresses:
         return states
-    if kind == "keys" and state.pair_order is not None:
-        states = states[..., state.pair_order]
-    joint, factors = states.transpose(1, 2).flatten(2), state.factors[kind]
+    factors = state.factors[kind]
+    if kind == "keys" and factors is not None and factors.takes_channels:
+        states = in_pairs(states, state)
+    joint = states.transpose(1, 2).flatten(2)
     return (joint if factors is None else factors.project_down(joint)).unsqueeze(1)
 
 

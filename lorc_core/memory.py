@@ -1,32 +1,25 @@
 """Bytes of a key-value cache: predicted from shapes, and measured from the tensors held."""
 
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from lorc_core.architecture import KINDS, Architecture
-from lorc_core.errors import UnsupportedModelError
+from lorc_core.caches import held_tensors
 from lorc_core.methods import Method
 from lorc_core.spectra import RankSchedule
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of the key and value tensors that a cache holds.
+    """Bytes of memory that a cache's states take, each piece of memory counted once.
+
+    Scales, zero points and residual windows of quantized layers count. A sliding window may be a view of a longer
+    tensor, which stays in memory with it until the next token: all of that tensor counts.
 
     Args:
-        cache: `past_key_values` of a model output, of dynamic or static layers (sliding windows included).
-
-    Raises:
-        UnsupportedModelError: A layer keeps its states in another form (quantized, linear attention).
+        cache: `past_key_values` of a model output, of any layers that transformers has.
     """
-    total = 0
-    for layer_idx, layer in enumerate(cache.layers):
-        if type(layer).__name__.endswith("QuantizedLayer") or not isinstance(layer, DynamicLayer | StaticLayer):
-            raise UnsupportedModelError(
-                f"layer {layer_idx}: cannot measure the bytes of a {type(layer).__name__}; dynamic and static are known"
-            )
-        if layer.keys is not None and layer.values is not None:
-            total += layer.keys.nbytes + layer.values.nbytes
-    return total
+    tensors = list(held_tensors(cache))
+    storages = {(one.device, one.untyped_storage().data_ptr()): one.untyped_storage() for one in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def bytes_per_token(floats_per_token: int, element_bytes: int) -> int:

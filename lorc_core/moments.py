@@ -20,7 +20,6 @@ from lorc_core.methods import Axes, Gqa
 from lorc_core.rotation import rotary_pairs
 from lorc_core.weights import read_bias, read_gain, read_output, read_weight
 
-PROJECTION_OF: dict[Kind, Projection] = {"keys": "k", "values": "v"}
 WIDE_GRAM = 512  # narrower products gain nothing from being split
 
 

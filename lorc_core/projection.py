@@ -67,6 +67,11 @@ class Factors:
         mean = None if self.mean is None else self.mean.to(device, dtype)
         return replace(self, up=self.up.to(device, dtype), own_down=own_down, mean=mean)
 
+    @property
+    def takes_channels(self) -> bool:
+        """Whether what is projected are the channels of heads, in their order."""
+        return True
+
     def reordered(self, order: Int[Tensor, " d"]) -> "Factors":
         """For states whose channels of every head stand in another order; real blocks only."""
 

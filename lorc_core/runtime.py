@@ -35,6 +35,7 @@ from lorc_core.variant import Variant
 
 PREFIX = "lorc_"
 ATTACHMENT_ATTRIBUTE = "_lorc_attachment"
+EARLY_CACHE_SHAPE = "_get_static_cache_init_shape"  # transformers' method
 
 
 def enter_attention(
@@ -99,6 +100,7 @@ class Attachment:
         for module in self._modules:
             delattr(module, STATE_ATTRIBUTE)
         self._handles, self._modules = [], []
+        self.model.__dict__.pop(EARLY_CACHE_SHAPE, None)
         attached = self.model.__dict__.pop(ATTACHMENT_ATTRIBUTE, None) is not None
         if attached and self.architecture.family.interface:
             self.model.set_attn_implementation(self._underlying)
@@ -159,6 +161,7 @@ class Attachment:
         caches_copies = self.architecture.num_cached_heads != self.architecture.num_kv_heads
         with ExitStack() as undo:
             undo.callback(self.detach)
+            self.model.__dict__[EARLY_CACHE_SHAPE] = no_early_shape
             if self.architecture.family.interface:
                 use_latent_attention(self.model, self._underlying)
             for layer_idx, (factors, observe) in enumerate(zip(self._factors, self._observers, strict=True)):
@@ -167,6 +170,13 @@ class Attachment:
             self._handles += hook_adapters(self.model, self.architecture, self._adapters)
             undo.pop_all()
         return self
+
+
+def no_early_shape() -> None:
+    """With `prefill_chunk_size`, `generate` allocates static caches by the config's heads; latents have other shapes.
+
+    None tells it to let layers allocate themselves when they see their first states.
+    """
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -1,6 +1,7 @@
 """The `lorc` command as its users see it: what it prints, where, and its exit codes."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from jobs import bench_calibrate
 from jobs.bench_svd import accuracy_table, relative_error, weight_of_condition
 from jobs.cli import main
+from lorc_core.compression import compress
 from lorc_core.methods import METHODS
 from lorc_core.variant import write_manifest
 from pipeline.registry import VARIANT_PATH, connect, find_version
-from tests.conftest import REPOSITORY, write_zoo
+from tests.conftest import REPOSITORY, save_tiny_model, write_zoo
 from tests.pipeline.test_calibrated_run import write
 
 
@@ -160,6 +162,62 @@ def test_generate_names_a_path_that_is_not_there(lorc, tmp_path):
     code, _, err = lorc("generate", tmp_path / "nowhere", "x", "--workdir", tmp_path)
     assert code == 2
     assert err == f"error: variant directory {tmp_path / 'nowhere'} does not exist\n"
+
+
+@pytest.fixture
+def variant_dir(tmp_path):
+    """A variant of a tiny model that is beside it."""
+    variant = compress(save_tiny_model("llama", tmp_path / "base"), "lorc", 0.5, "uniform")
+    variant.save(tmp_path / "variant")
+    return tmp_path / "variant"
+
+
+def test_export_then_generate_the_same_text_at_the_same_cost(lorc, variant_dir, tmp_path):
+    code, out, err = lorc("export", variant_dir, tmp_path / "exported", "--workdir", tmp_path)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"exported to {tmp_path / 'exported'}: ")
+    assert "full size stay" not in out
+    texts = []
+    for reference in (variant_dir, tmp_path / "exported"):
+        code, text, err = lorc("generate", reference, "import os", "--max-new-tokens", 5, "--workdir", tmp_path)
+        assert code == 0
+        texts.append(text)
+        num_new, rest = err.split(" tokens, ")
+        per_second, prompt, held = re.fullmatch(
+            r"([\d.]+) per second with the prompt's (\d+); cache ([\d,]+) bytes\n", rest
+        ).groups()
+        assert 1 <= int(num_new) <= 5
+        assert float(per_second) > 0
+        # three layers of 16 + 16 floats for all tokens but the newest
+        assert int(held.replace(",", "")) == (int(prompt) + int(num_new) - 1) * 3 * 32 * 4
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("import os")
+
+
+def test_export_says_what_it_cannot_fold(lorc, tmp_path):
+    base = save_tiny_model("llama", tmp_path / "base")
+    ids = torch.randint(3, 1024, (8, 32), generator=torch.Generator().manual_seed(0))
+    compress(base, "k_svd", 0.5, calibration=ids).save(tmp_path / "variant")
+    code, out, _ = lorc("export", tmp_path / "variant", tmp_path / "exported", "--workdir", tmp_path)
+    assert code == 0
+    assert "keys: projections of full size stay, because what is cached is rotated after the projection" in out
+
+
+def test_export_refuses_with_one_line(lorc, variant_dir, tmp_path):
+    save_tiny_model("llama", tmp_path / "other", seed=1)
+    cases = [
+        ((tmp_path / "base", tmp_path / "new"), "a directory without lorc_config.json is no variant"),
+        ((tmp_path / "nowhere", tmp_path / "new"), "does not exist"),
+        ((variant_dir, tmp_path / "base"), "exists and is not empty; name a new directory"),
+        ((variant_dir, tmp_path / "new", "--base", tmp_path / "nowhere"), "does not exist"),
+        ((variant_dir, tmp_path / "new", "--base", tmp_path / "other"), "not the base model this variant was made for"),
+    ]
+    for arguments, message in cases:
+        code, out, err = lorc("export", *arguments, "--workdir", tmp_path)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert len(err.splitlines()) == 1
+        assert not (tmp_path / "new").exists()
 
 
 def test_plan_prints_the_caches_of_lorcs_table_2_from_configs_alone(lorc, tmp_path):

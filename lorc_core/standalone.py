@@ -1,0 +1,130 @@
+"""Model classes of exported variants: the transformers classes with the factors inside, their caches hold latents.
+
+`lorc_core.export` writes their checkpoints; `AutoModelForCausalLM.from_pretrained` reads them.
+"""
+
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lorc_core.architecture import KINDS, PROJECTION_OF, Architecture, Kind
+from lorc_core.blocks import Partition
+from lorc_core.errors import ConfigError
+from lorc_core.folding import LatentProjection, StandaloneFactors
+from lorc_core.latent_attention import LayerFactors
+from lorc_core.runtime import ATTACHMENT_ATTRIBUTE, Attachment
+from lorc_core.standalone_config import PREFIX, Settings, StoredFactors, config_class
+
+
+class FactorTensors(nn.Module):
+    """The tensors of one layer's keys or values, where the model's weights are."""
+
+    def __init__(self, stored: StoredFactors, architecture: Architecture) -> None:
+        super().__init__()
+        self.stored = stored
+        self.partition = Partition(stored.block, architecture.num_kv_heads, architecture.head_dim)
+        rank = sum(stored.ranks)
+        self.up = nn.Parameter(torch.empty(self.partition.width, rank))
+        self.own_down = nn.Parameter(torch.empty(rank, self.partition.width)) if stored.own_down else None
+        self.constant = nn.Parameter(torch.empty(architecture.kv_width)) if stored.constant else None
+
+    def factors(self) -> StandaloneFactors:
+        """As the runtime takes them."""
+        stored, own_down = self.stored, self.own_down
+        return StandaloneFactors(
+            self.partition, stored.ranks, self.up, own_down, None, stored.rotated, self.constant, stored.folded
+        )
+
+
+class StandaloneModel(PreTrainedModel):
+    """Mixed into a model class of transformers: its cache holds latents, by itself."""
+
+    base_class: ClassVar[type[PreTrainedModel]]
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.lorc_settings = Settings.of(config)
+        self.__dict__["_lorc_placed_at"] = None
+        for layer_idx, layer in enumerate(self.lorc_settings.layers):
+            for kind, stored in layer.items():
+                if stored is not None:
+                    self._insert(layer_idx, kind, stored)
+        for module in self._owners_of_layers():
+            module.register_forward_pre_hook(lambda *_: self.attach_factors())
+
+    def _owners_of_layers(self) -> list[nn.Module]:
+        """The base model and what it holds down to the list of layers: OPT's head calls the decoder past its owner."""
+        found, path = [], self.lorc_settings.architecture.attention_module(0).split(".")
+        for depth in range(len(path)):
+            module = self.base_model.get_submodule(".".join(path[:depth]))
+            if isinstance(module, nn.ModuleList):
+                break
+            found.append(module)
+        return found
+
+    def _insert(self, layer_idx: int, kind: Kind, stored: StoredFactors) -> None:
+        architecture = self.lorc_settings.architecture
+        module = self.base_model.get_submodule(architecture.attention_module(layer_idx))
+        tensors = FactorTensors(stored, architecture)
+        module.add_module(factors_name(kind), tensors)
+        if stored.folded:
+            path = architecture.projection_name(layer_idx, PROJECTION_OF[kind], "weight").removesuffix(".weight")
+            whole = self.base_model.get_submodule(path)
+            assert isinstance(whole, nn.Linear)
+            projection = LatentProjection(whole.in_features, tensors.partition, stored.ranks, whole.bias is not None)
+            self.base_model.set_submodule(path, projection)
+
+    def _factors(self) -> list[LayerFactors]:
+        architecture, found = self.lorc_settings.architecture, []
+        for layer_idx, layer in enumerate(self.lorc_settings.layers):
+            module = self.base_model.get_submodule(architecture.attention_module(layer_idx))
+            found.append(
+                {kind: getattr(module, factors_name(kind)).factors() if layer[kind] else None for kind in KINDS}
+            )
+        return found
+
+    def attach_factors(self) -> None:
+        """Attach the factors, again where the weights were moved, cast or replaced since."""
+        factors = self._factors()
+        tensors = [one.up for layer in factors for one in layer.values() if one is not None]
+        placed_at = [(one.device, one.dtype, id(one)) for one in tensors]
+        if placed_at == self.__dict__["_lorc_placed_at"]:
+            return
+        if any(one.device.type == "meta" for one in tensors):
+            raise ConfigError("an exported variant cannot be offloaded to CPU or disk; place all of it on devices")
+        self.detach_factors()
+        Attachment(self, self.lorc_settings.architecture, factors).start()
+        self.__dict__["_lorc_placed_at"] = placed_at
+
+    def detach_factors(self) -> None:
+        """Until the next forward call, which attaches them again."""
+        attachment = self.__dict__.get(ATTACHMENT_ATTRIBUTE)
+        if attachment is not None:
+            attachment.detach()
+        self.__dict__["_lorc_placed_at"] = None
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return cls.base_class._can_set_attn_implementation()  # it looks into the source of the class's module
+
+
+def factors_name(kind: Kind) -> str:
+    """The submodule of an attention module that holds its factors."""
+    return f"{PREFIX}{kind}"
+
+
+@cache
+def model_class(base_type: str) -> type[PreTrainedModel]:
+    """The causal language model of `lorc_<base_type>`."""
+    base = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base_type]]
+    assert isinstance(base, type)
+    conversion = get_checkpoint_conversion_mapping(base_type)
+    if conversion is not None:
+        register_checkpoint_conversion_mapping(f"{PREFIX}{base_type}", conversion, overwrite=True)
+    names = {"base_class": base, "config_class": config_class(base_type), "__module__": __name__}
+    return type(f"Lorc{base.__name__}", (StandaloneModel, base), names)
