@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
+from lorc_core.architecture import KINDS, PROJECTION_OF, Architecture, Kind, architecture_of
 from lorc_core.checkpoint import Checkpoint, WeightSource, read_config
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.methods import Axes, Method, known_method

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorc_core.architecture import Architecture, Kind
+from lorc_core.architecture import PROJECTION_OF, Architecture, Kind
 from lorc_core.bounds import least_read_errors
 from lorc_core.checkpoint import WeightSource
 from lorc_core.moments import LayerMoments, output_moment, over_all_heads

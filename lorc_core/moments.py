@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from lorc_core.architecture import Architecture, Kind, Projection
+from lorc_core.architecture import PROJECTION_OF, Architecture, Kind, Projection
 from lorc_core.checkpoint import WeightSource
 from lorc_core.errors import ConfigError
 from lorc_core.methods import Axes, Gqa

@@ -28,7 +28,7 @@ REVISIONS = {
     "probe": 1,
     "schedule": 3,
     "search": 1,
-    "variant": 3,
+    "variant": 4,
     "errors": 2,
     "windows": 2,
     "evaluate": 1,

@@ -74,7 +74,7 @@ def check_widths(alone, variant, keys_folded):
     architecture = variant.architecture
     for layer_idx, layer in enumerate(variant.ranks.layers):
         for kind in ("keys", "values"):
-            weight = alone.base_model.get_parameter(architecture.weight_name(layer_idx, kind))
+            weight = alone.base_model.get_parameter(architecture.projection_name(layer_idx, kind[0], "weight"))
             folded = kind == "values" or keys_folded
             assert weight.shape[0] == (layer.floats(kind) if folded else architecture.kv_width)
 

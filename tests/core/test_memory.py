@@ -1,7 +1,6 @@
 """Bytes of caches against every tensor that Python finds in them, and against the memory of a process."""
 
 import gc
-import importlib.util
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import sys
 import pytest
 import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 import lorc_core
 from lorc_core.errors import ConfigError
@@ -16,7 +16,7 @@ from lorc_core.schedule import Uniform
 from tests.core.test_generation import case
 from tests.core.test_runtime import one_pass, token_by_token, tokens
 
-BACKENDS = {"hqq": "hqq", "quanto": "optimum.quanto", "fp8": "torch"}
+AVAILABLE = {"hqq": is_hqq_available, "quanto": is_optimum_quanto_available, "fp8": lambda: True}
 
 
 def reachable_bytes(cache):
@@ -54,7 +54,7 @@ def quantized(backend, **options):
 
 
 def skip_without(backend):
-    if importlib.util.find_spec(BACKENDS[backend].partition(".")[0]) is None:
+    if not AVAILABLE[backend]():
         pytest.skip(f"{backend} is not installed: pip install 'lorc[quantized]'")
 
 
