@@ -17,10 +17,11 @@ from lorc_core.registration import register_with_transformers
 _MODULES = {
     "compression": ("compress",),
     "errors": ("ArtifactError", "ConfigError", "LorcError", "NumericsError", "UnsupportedModelError"),
+    "export": ("export_variant",),
+    "growing_cache": ("GrowingCache",),
+    "loading": ("load",),
     "memory": ("cache_bytes",),
     "methods": ("METHODS", "Method"),
-    "export": ("export_variant",),
-    "loading": ("load",),
     "runtime": ("Attachment", "attach"),
     "schedule": ("SCHEDULES", "Progressive", "RankSchedule", "Uniform"),
     "variant": ("Variant", "load_variant"),
