@@ -22,7 +22,7 @@ from jobs.screen import console, size
 from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
 from lorc_core.errors import ConfigError
 from lorc_core.growing_cache import GrowingCache
-from lorc_core.latent_attention import LayerFactors
+from lorc_core.latent_attention import LayerFactors, project_down
 from lorc_core.memory import cache_bytes
 from lorc_core.methods import METHODS
 from lorc_core.projection import Factors
@@ -146,18 +146,15 @@ def new_cache(model: PreTrainedModel, kind: str, num_tokens: int) -> Cache:
 def filled_cache(
     model: PreTrainedModel, contender: Contender, kind: str, context: int, room: int, batch_size: int
 ) -> Cache:
-    """A cache of random numbers, as wide as the contender's, with room for more tokens."""
+    """A cache of random states as the contender keeps them, with room for more tokens."""
     architecture, cache = architecture_of(model.config), new_cache(model, kind, context + room)
-    for layer_idx, layer in enumerate(contender.factors):
-        shapes = []
-        for name in KINDS:
-            found = layer[name]
-            whole = found is None and not any(layer.values())
-            heads = architecture.num_kv_heads if whole else 1
-            width = sum(found.ranks) if found else architecture.kv_width // heads
-            shapes.append((batch_size, heads, context, width))
-        keys, values = (torch.randn(shape, device=model.device, dtype=model.dtype) for shape in shapes)
-        cache.update(keys, values, layer_idx)
+    shape = (batch_size, architecture.num_kv_heads, context, architecture.head_dim)
+    with Attachment(model, architecture, contender.factors).start() as attachment:
+        for layer_idx, state in enumerate(attachment.layers):
+            keys, values = (torch.randn(shape, device=model.device, dtype=model.dtype) for _ in KINDS)
+            if state is not None:
+                keys, values = project_down(keys, state, "keys"), project_down(values, state, "values")
+            cache.update(keys, values, layer_idx)
     return cache
 
 

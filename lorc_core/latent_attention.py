@@ -85,6 +85,7 @@ class LayerState:
     order: Int[Tensor, " d"] | None = None
     offsets: dict[Kind, Tensor | None] = field(default_factory=dict)
     readers: dict[Kind, Reader | None] = field(default_factory=dict)
+    num_latent_heads: int = 1
 
     def __post_init__(self) -> None:
         order = self.rotary.pair_order(self.head_dim) if self.rotary is not None else None
@@ -117,6 +118,9 @@ class LayerState:
         self.readers = {kind: reader_of(self.factors[kind], self.offsets[kind], self.num_kv_heads) for kind in KINDS}
         if self.unrotates_keys:
             self.readers["keys"] = None
+        keys, values = self.readers["keys"], self.readers["values"]
+        together = keys is not None and values is not None and keys.num_heads == values.num_heads
+        self.num_latent_heads = keys.num_heads if keys is not None and together else 1
 
 
 class LatentCache:
@@ -153,10 +157,10 @@ class LatentCache:
         return self._cache.update(latents[0], latents[1], layer_idx, *args, **kwargs)
 
 
-def project_down(states: Float[Tensor, "b g q d"], state: LayerState, kind: Kind) -> Float[Tensor, "b _ q _"]:
-    """(B, G, Q, D) states to (B, 1, Q, K) latents.
+def project_down(states: Float[Tensor, "b g q d"], state: LayerState, kind: Kind) -> Float[Tensor, "b l q _"]:
+    """(B, G, Q, D) states to (B, L, Q, R) latents: several heads where keys and values have as many, else one.
 
-    Whole keys beside compressed values, or the reverse, become one head too: static caches have as many of both.
+    Whole keys beside compressed values, or the reverse, are laid out so too: static caches have as many heads of both.
     """
     if not state.compresses:
         return states
@@ -164,14 +168,15 @@ def project_down(states: Float[Tensor, "b g q d"], state: LayerState, kind: Kind
     if kind == "keys" and factors is not None and factors.takes_channels:
         states = in_pairs(states, state)
     joint = states.transpose(1, 2).flatten(2)
-    return (joint if factors is None else factors.project_down(joint)).unsqueeze(1)
+    latents = joint if factors is None else factors.project_down(joint)
+    return latents.unflatten(-1, (state.num_latent_heads, -1)).transpose(1, 2)
 
 
-def rebuild(latents: Float[Tensor, "b _ s _"], state: LayerState, kind: Kind) -> Float[Tensor, "b g s d"]:
-    """(B, 1, S, K) latents to (B, G, S, D) states."""
+def rebuild(latents: Float[Tensor, "b l s _"], state: LayerState, kind: Kind) -> Float[Tensor, "b g s d"]:
+    """(B, L, S, R) latents to (B, G, S, D) states."""
     if not state.compresses:
         return latents
-    joint, factors, offset = latents.squeeze(1), state.factors[kind], state.offsets[kind]
+    joint, factors, offset = latents.transpose(1, 2).flatten(2), state.factors[kind], state.offsets[kind]
     if factors is not None:
         joint = factors.rebuild(joint)
     if offset is not None:
@@ -248,8 +253,8 @@ def attention_over_latents(
     state: LayerState,
     call: Call,
     query: Float[Tensor, "b h q d"],
-    key: Float[Tensor, "b 1 s _"],
-    value: Float[Tensor, "b 1 s _"],
+    key: Float[Tensor, "b l s _"],
+    value: Float[Tensor, "b l s _"],
     mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "b q h d"], Tensor | None]:
@@ -298,8 +303,8 @@ def attention_over_states(
     call: Call,
     module: nn.Module,
     query: Float[Tensor, "b h q d"],
-    key: Float[Tensor, "b 1 s _"],
-    value: Float[Tensor, "b 1 s _"],
+    key: Float[Tensor, "b l s _"],
+    value: Float[Tensor, "b l s _"],
     mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "b q h d"], Tensor | None]:

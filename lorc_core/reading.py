@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lorc_core.projection import Factors
 
-# Rebuilt keys held at once: a CPU's second-level cache, or enough to keep a GPU busy.
-CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+# Rebuilt keys held at once: few enough to stay in a CPU's caches, or to be little beside a GPU's.
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,10 @@ class Reader:
     up: Float[Tensor, "g d r"] | None
     offset: Float[Tensor, "g d"] | None
 
-    def heads(self, latents: Float[Tensor, "b 1 s k"]) -> Float[Tensor, "b l s r"]:
-        """A view of the cache by latent heads."""
+    def heads(self, latents: Float[Tensor, "b _ s _"]) -> Float[Tensor, "b l s r"]:
+        """A view of the cache by latent heads, whether it holds them apart or as one."""
+        if latents.shape[1] == self.num_heads:
+            return latents
         return latents.squeeze(1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def absorb(self, query: Float[Tensor, "b h q d"]) -> Float[Tensor, "b h q r"]:
@@ -71,13 +73,22 @@ def reader_of(factors: Factors | None, offset: Float[Tensor, " n"] | None, num_k
 def scores_of(query: Float[Tensor, "b h q r"], heads: Float[Tensor, "b l s r"]) -> Float[Tensor, "b h q s"]:
     """Dot products of every query head with the keys of its latent head."""
     grouped = query.reshape(len(query), heads.shape[1], -1, query.shape[-1])
-    return (grouped @ heads.mT).view(*query.shape[:3], -1)
+    # On a CPU a product that is tall, not wide, reads a joint cache of 512 latents 2.7 times as fast.
+    scores = product(heads, grouped.mT).mT if heads.shape[1] == 1 else grouped @ heads.mT
+    return scores.reshape(*query.shape[:3], -1)
 
 
 def mixed(weights: Float[Tensor, "b h q s"], heads: Float[Tensor, "b l s r"]) -> Float[Tensor, "b h q r"]:
     """Latents of the values, weighted by the attention of every query head."""
     grouped = weights.reshape(len(weights), heads.shape[1], -1, weights.shape[-1])
-    return (grouped @ heads).view(*weights.shape[:3], -1)
+    return product(grouped, heads).view(*weights.shape[:3], -1)
+
+
+def product(left: Float[Tensor, "b l i j"], right: Float[Tensor, "b l j k"]) -> Float[Tensor, "b l i k"]:
+    """Matrix products; of one matrix by another as such, which a CPU does faster than a batch of one."""
+    if left.shape[0] * left.shape[1] == 1:
+        return (left[0, 0] @ right[0, 0])[None, None]
+    return left @ right
 
 
 def rotated_scores(
@@ -106,6 +117,7 @@ def rotated_scores(
         keys = keys if offset is None else keys + offset
         keys = turned(keys.unflatten(-1, (-1, head_dim)), turns[:, part, None], overwrite=True)
         scores[..., part] = scores_of(query, keys.transpose(1, 2))
+        del keys  # before the next ones are made: they take its place
     return scores
 
 
