@@ -104,13 +104,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one contender in one setting; seconds are medians."""
+    """Of one contender in one setting; seconds are medians. `empty_s` is the untouched model's with nothing cached."""
 
     contender: str
     cache: str
     context: int
     batch_size: int
     token_s: float
+    empty_s: float
     prefill_s: float
     cache_bytes: int
     peak_bytes: int | None
@@ -186,11 +187,14 @@ def measure(
     context, batch_size = place
     rounds = settings.num_tokens + 1  # the first is not counted
     held = [filled_cache(model, one, cache, context, rounds, batch_size) for one in contenders]
+    empty = new_cache(model, cache, rounds)
     ids = torch.randint(model.config.vocab_size, (batch_size, settings.prefill_tokens), device=model.device)
     on_gpu = torch.cuda.is_available()
     steps: list[list[float]] = [[] for _ in contenders]
     peaks: list[int | None] = [None for _ in contenders]
+    without: list[float] = []
     for _ in range(rounds):
+        without.append(attached_s(model, contenders[0], partial(model, ids[:, :1], past_key_values=empty)))
         for idx, one in enumerate(contenders):
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
@@ -206,7 +210,17 @@ def measure(
             fresh = new_cache(model, cache, settings.prefill_tokens)
             prefills[idx].append(attached_s(model, one, partial(model, ids, past_key_values=fresh, logits_to_keep=1)))
     return [
-        Measured(one.name, cache, context, batch_size, median(steps[idx][1:]), median(prefills[idx]), total, peaks[idx])
+        Measured(
+            contender=one.name,
+            cache=cache,
+            context=context,
+            batch_size=batch_size,
+            token_s=median(steps[idx][1:]),
+            empty_s=median(without[1:]),
+            prefill_s=median(prefills[idx]),
+            cache_bytes=total,
+            peak_bytes=peaks[idx],
+        )
         for idx, (one, total) in enumerate(zip(contenders, sizes, strict=True))
     ]
 
@@ -241,9 +255,21 @@ def contenders_of(model: PreTrainedModel, variant_dir: Path | None) -> list[Cont
 def show(measured: Sequence[Measured]) -> Table:
     """Each setting's figures, over those of the untouched model."""
     table = Table(box=SIMPLE_HEAD)
-    names = ("cache", "context", "batch", "variant", "tokens/s", "token", "prefill", "cache bytes", "of whole", "peak")
+    names = (
+        "cache",
+        "context",
+        "batch",
+        "variant",
+        "tokens/s",
+        "token",
+        "its cache",
+        "prefill",
+        "cache bytes",
+        "of whole",
+        "peak",
+    )
     for name in names:
-        table.add_column(name, justify="left" if name in ("cache", "variant") else "right")
+        table.add_column(name, justify="left" if name in left else "right")
     baseline = measured[0]
     for one in measured:
         if one.contender == BASELINE:
@@ -256,6 +282,7 @@ def show(measured: Sequence[Measured]) -> Table:
             one.contender,
             f"{one.batch_size / one.token_s:.1f}",
             f"{one.token_s / baseline.token_s:.2f}",
+            f"{(one.token_s - one.empty_s) / (baseline.token_s - one.empty_s):.2f}",
             f"{one.prefill_s / baseline.prefill_s:.2f}",
             size(one.cache_bytes),
             f"{one.cache_bytes / baseline.cache_bytes:.3f}",
@@ -299,8 +326,8 @@ def main(settings: Settings, plot_path: Path | None) -> None:
         f"{where}, torch {torch.__version__}, {what}, {model.config.num_hidden_layers} layers, {settings.dtype}"
     )
     screen.print(
-        "token, prefill: median seconds for a token of every row, and for a prefill of "
-        f"{settings.prefill_tokens:,} tokens, over the untouched model's"
+        f"token, prefill: median seconds for a token of every row, and to prefill {settings.prefill_tokens:,} tokens, "
+        "over the untouched model's; its cache: of a token's, what comes on top of the time with nothing cached"
     )
     measured = []
     for cache, context, batch_size in product(settings.caches, settings.contexts, settings.batch_sizes):
