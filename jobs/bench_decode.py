@@ -255,20 +255,8 @@ def contenders_of(model: PreTrainedModel, variant_dir: Path | None) -> list[Cont
 def show(measured: Sequence[Measured]) -> Table:
     """Each setting's figures, over those of the untouched model."""
     table = Table(box=SIMPLE_HEAD)
-    names = (
-        "cache",
-        "context",
-        "batch",
-        "variant",
-        "tokens/s",
-        "token",
-        "its cache",
-        "prefill",
-        "cache bytes",
-        "of whole",
-        "peak",
-    )
-    for name in names:
+    left, ratios = ("cache", "variant"), ("token", "its cache", "prefill")
+    for name in ("cache", "context", "batch", "variant", "tokens/s", *ratios, "cache bytes", "of whole", "peak"):
         table.add_column(name, justify="left" if name in left else "right")
     baseline = measured[0]
     for one in measured:

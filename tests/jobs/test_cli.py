@@ -345,3 +345,40 @@ def test_bench_calibrate_prints_ratios(lorc, monkeypatch):
     assert code == 0
     assert "times, float32" in out
     assert "1,024" in out
+
+
+def test_bench_decode_measures_every_cache_and_draws(lorc, tmp_path):
+    """Half of the floats, but for the blocks that a cache which grows has to spare."""
+    plot = tmp_path / "decode.png"
+    options = ("--model", save_tiny_model("llama", tmp_path / "model"), "--tokens", 2, "--prefill", 8, "--plot", plot)
+    code, out, _ = lorc("bench", "decode", *options, "--context", 60, "--context", 500)
+    assert code == 0
+    rows = [line.split() for line in out.splitlines() if re.match(r" *(static|growing) ", line)]
+    assert len(rows) == 2 * 2 * 5
+    for row in rows:
+        of_whole = float(row[-2])
+        assert of_whole == (1.0 if row[3] == "untouched" else 0.5)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_decode_measures_a_variant_on_its_model(lorc, variant_dir, tmp_path):
+    base = json.loads((variant_dir / "lorc_config.json").read_text())["base"]["source"]
+    options = ("--variant", variant_dir, "--context", 40, "--tokens", 2, "--prefill", 8, "--cache", "static")
+    code, out, _ = lorc("bench", "decode", "--model", base, *options)
+    assert (code, out.count("static ")) == (0, 2)
+    code, _, err = lorc("bench", "decode", *options)
+    assert (code, err) == (2, "error: a variant is measured on its base model; name its directory with --model\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "known"),
+    [
+        ("--shape", "llama-3", "small, llama-3-8b"),
+        ("--cache", "paged", "static, growing"),
+        ("--dtype", "int8", "float"),
+    ],
+)
+def test_bench_decode_names_what_it_knows(lorc, option, value, known):
+    code, _, err = lorc("bench", "decode", option, value)
+    assert code == 2
+    assert f"{option[2:]} {value!r} is not known; known are {known}" in err
