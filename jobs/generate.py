@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 import lorc_core
 from lorc_core.checkpoint import model_directory
 from lorc_core.errors import ConfigError
+from lorc_core.plain_model import MODELS
 from lorc_core.standalone_config import PREFIX
 from lorc_core.variant import CONFIG_FILE
 from pipeline.graph import default_tracking_uri
@@ -45,16 +46,17 @@ def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: Pat
     return 0
 
 
-def is_exported(directory: Path) -> bool:
-    """Whether `lorc export` wrote the directory."""
+def exported_class(directory: Path) -> Any | None:
+    """What loads a directory that `lorc export` wrote, without running code of its own; None for another directory."""
     config = directory / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type", "").startswith(PREFIX)
+    model_type = json.loads(config.read_text()).get("model_type", "") if config.is_file() else ""
+    return MODELS.get(model_type) or (AutoModelForCausalLM if model_type.startswith(PREFIX) else None)
 
 
 def load_reference(reference: str, workdir: Path) -> tuple[Any, Path]:
     """A model whose cache is compressed, and the directory of its tokenizer."""
-    if is_exported(Path(reference)):
-        return AutoModelForCausalLM.from_pretrained(reference, dtype="auto", device_map="auto"), Path(reference)
+    if model_class := exported_class(Path(reference)):
+        return model_class.from_pretrained(reference, dtype="auto", device_map="auto"), Path(reference)
     with TemporaryDirectory() as scratch:
         directory, dtype = find_variant(reference, workdir, Path(scratch))
         base = lorc_core.load_variant(directory).base

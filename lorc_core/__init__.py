@@ -21,6 +21,7 @@ _MODULES = {
     "methods": ("METHODS", "Method"),
     "export": ("export_variant",),
     "loading": ("load",),
+    "plain_export": ("export_plain",),
     "runtime": ("Attachment", "attach"),
     "schedule": ("SCHEDULES", "Progressive", "RankSchedule", "Uniform"),
     "variant": ("Variant", "load_variant"),
