@@ -45,9 +45,6 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention
 
-# For tensor parallelism: the models' own plans split heads, but know neither `query_up` nor `key_down`.
-NOT_SPLIT: dict[str, Any] = {}
-
 
 def full_size(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config with the head size that queries and keys are rotated at."""
@@ -68,6 +65,9 @@ class PlainAttention(nn.Module):
     sliding_window: Any = None
     # typed anew, for the classes that this is mixed into differ
     config: Any
+    layer_idx: Any
+    q_proj: Any
+    k_proj: Any
     v_proj: Any
     o_proj: Any
 
@@ -84,7 +84,7 @@ class PlainAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,  # (B, Q, I)
-        position_embeddings: tuple[Tensor, Tensor],  # (B, Q, D) each
+        position_embeddings: Any = None,  # cosines and sines, (B, Q, D) each
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
@@ -124,7 +124,7 @@ class PlainAttention(nn.Module):
 class PlainModel(PreTrainedModel):
     """Mixed into a causal language model: its attention is that of `attention_class`."""
 
-    config_class: ClassVar[type[PreTrainedConfig]]
+    config_class: type[PreTrainedConfig]
     attention_class: ClassVar[type[nn.Module]]
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -136,23 +136,32 @@ class PlainModel(PreTrainedModel):
             decoder.rotary_emb = type(decoder.rotary_emb)(full_size(config))
 
 
-class PlainLlamaConfig(LlamaConfig):
-    model_type = "lorc_plain_llama"
-    base_model_tp_plan = NOT_SPLIT
+def plain_config(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The config class of a plain model.
+
+    Its plan for tensor parallelism is empty: the model's own splits heads, but not `query_up` and `key_down`.
+    """
+    names = {"model_type": f"lorc_plain_{base.model_type}", "base_model_tp_plan": {}, "__module__": __name__}
+    return type(f"Plain{base.__name__}", (base,), names)
 
 
-class PlainLlamaAttention(PlainAttention, LlamaAttention):
+PlainGraniteConfig = plain_config(GraniteConfig)
+PlainLlamaConfig = plain_config(LlamaConfig)
+PlainMistralConfig = plain_config(MistralConfig)
+PlainOlmo2Config = plain_config(Olmo2Config)
+PlainOPTConfig = plain_config(OPTConfig)
+PlainQwen2Config = plain_config(Qwen2Config)
+PlainQwen3Config = plain_config(Qwen3Config)
+PlainSmolLM3Config = plain_config(SmolLM3Config)
+
+
+class PlainLlamaAttention(PlainAttention, LlamaAttention):  # type: ignore[misc]  # its keywords are typed
     pass
 
 
 class PlainLlamaForCausalLM(PlainModel, LlamaForCausalLM):
     config_class = PlainLlamaConfig
     attention_class = PlainLlamaAttention
-
-
-class PlainMistralConfig(MistralConfig):
-    model_type = "lorc_plain_mistral"
-    base_model_tp_plan = NOT_SPLIT
 
 
 class PlainMistralAttention(PlainAttention, MistralAttention):
@@ -166,11 +175,6 @@ class PlainMistralForCausalLM(PlainModel, MistralForCausalLM):
     attention_class = PlainMistralAttention
 
 
-class PlainQwen2Config(Qwen2Config):
-    model_type = "lorc_plain_qwen2"
-    base_model_tp_plan = NOT_SPLIT
-
-
 class PlainQwen2Attention(PlainAttention, Qwen2Attention):
     pass
 
@@ -180,11 +184,6 @@ class PlainQwen2ForCausalLM(PlainModel, Qwen2ForCausalLM):
     attention_class = PlainQwen2Attention
 
 
-class PlainQwen3Config(Qwen3Config):
-    model_type = "lorc_plain_qwen3"
-    base_model_tp_plan = NOT_SPLIT
-
-
 class PlainQwen3Attention(PlainAttention, Qwen3Attention):
     pass
 
@@ -192,11 +191,6 @@ class PlainQwen3Attention(PlainAttention, Qwen3Attention):
 class PlainQwen3ForCausalLM(PlainModel, Qwen3ForCausalLM):
     config_class = PlainQwen3Config
     attention_class = PlainQwen3Attention
-
-
-class PlainOlmo2Config(Olmo2Config):
-    model_type = "lorc_plain_olmo2"
-    base_model_tp_plan = NOT_SPLIT
 
 
 class PlainOlmo2Attention(PlainAttention, Olmo2Attention):
@@ -209,23 +203,13 @@ class PlainOlmo2ForCausalLM(PlainModel, Olmo2ForCausalLM):
     attention_class = PlainOlmo2Attention
 
 
-class PlainGraniteConfig(GraniteConfig):
-    model_type = "lorc_plain_granite"
-    base_model_tp_plan = NOT_SPLIT
-
-
-class PlainGraniteAttention(PlainAttention, GraniteAttention):  # type: ignore[misc]  # other order of arguments
+class PlainGraniteAttention(PlainAttention, GraniteAttention):  # type: ignore[misc]  # its keywords are typed
     pass
 
 
 class PlainGraniteForCausalLM(PlainModel, GraniteForCausalLM):
     config_class = PlainGraniteConfig
     attention_class = PlainGraniteAttention
-
-
-class PlainSmolLM3Config(SmolLM3Config):
-    model_type = "lorc_plain_smollm3"
-    base_model_tp_plan = NOT_SPLIT
 
 
 class PlainSmolLM3Attention(PlainAttention, SmolLM3Attention):
@@ -235,10 +219,6 @@ class PlainSmolLM3Attention(PlainAttention, SmolLM3Attention):
 class PlainSmolLM3ForCausalLM(PlainModel, SmolLM3ForCausalLM):
     config_class = PlainSmolLM3Config
     attention_class = PlainSmolLM3Attention
-
-
-class PlainOPTConfig(OPTConfig):
-    model_type = "lorc_plain_opt"
 
 
 class PlainOPTAttention(OPTAttention):
