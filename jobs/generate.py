@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging as transformers_logging
 
@@ -46,17 +46,24 @@ def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: Pat
     return 0
 
 
-def exported_class(directory: Path) -> Any | None:
-    """What loads a directory that `lorc export` wrote, without running code of its own; None for another directory."""
+def is_exported(directory: Path) -> bool:
+    """Whether `lorc export` wrote the directory."""
     config = directory / "config.json"
-    model_type = json.loads(config.read_text()).get("model_type", "") if config.is_file() else ""
-    return MODELS.get(model_type) or (AutoModelForCausalLM if model_type.startswith(PREFIX) else None)
+    return config.is_file() and json.loads(config.read_text()).get("model_type", "").startswith(PREFIX)
+
+
+def register_plain_models() -> None:
+    """Plain exports run on our copy of their code, so that none of theirs need be trusted."""
+    for model_type, model in MODELS.items():
+        AutoConfig.register(model_type, model.config_class, exist_ok=True)
+        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
 
 
 def load_reference(reference: str, workdir: Path) -> tuple[Any, Path]:
     """A model whose cache is compressed, and the directory of its tokenizer."""
-    if model_class := exported_class(Path(reference)):
-        return model_class.from_pretrained(reference, dtype="auto", device_map="auto"), Path(reference)
+    if is_exported(Path(reference)):
+        register_plain_models()
+        return AutoModelForCausalLM.from_pretrained(reference, dtype="auto", device_map="auto"), Path(reference)
     with TemporaryDirectory() as scratch:
         directory, dtype = find_variant(reference, workdir, Path(scratch))
         base = lorc_core.load_variant(directory).base

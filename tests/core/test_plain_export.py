@@ -174,7 +174,7 @@ except ImportError:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     torch.set_num_threads(1)
     for name in sys.argv[1:]:
-        AutoTokenizer.from_pretrained(f"{name}/plain")
+        AutoTokenizer.from_pretrained(f"{name}/plain", trust_remote_code=True)
         model = AutoModelForCausalLM.from_pretrained(f"{name}/plain", trust_remote_code=True).eval()
         output = model(torch.load(f"{name}/ids.pt"))
         layer = output.past_key_values.layers[0]
