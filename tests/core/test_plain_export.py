@@ -1,6 +1,6 @@
 """Plain exports against the same variants attached to their base, and in a process that cannot import lorc.
 
-Worst logit difference measured: 2.3e-6 in float32; the bound is 1e-4.
+Worst logit difference measured: 3.5e-6 in float32; the bound is 1e-4.
 """
 
 import os
