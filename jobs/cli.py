@@ -125,12 +125,15 @@ def export(
     variant: Annotated[str, typer.Argument(help="A variant's directory, or NAME, NAME/VERSION, NAME@ALIAS.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.")],
     base: Annotated[Path | None, typer.Option(help="The base model, if not where it was.")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="For transformers without lorc; per-head methods of one rank.")
+    ] = False,
     workdir: Workdir = WORKDIR,
 ) -> None:
     """Write a standalone checkpoint that transformers loads without the base model."""
     from jobs.export_checkpoint import export_checkpoint
 
-    raise typer.Exit(export_checkpoint(variant, directory, base, workdir))
+    raise typer.Exit(export_checkpoint(variant, directory, base, workdir, plain=plain))
 
 
 @app.command()

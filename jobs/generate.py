@@ -7,13 +7,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging as transformers_logging
 
 import lorc_core
 from lorc_core.checkpoint import model_directory
 from lorc_core.errors import ConfigError
+from lorc_core.plain_model import MODELS
 from lorc_core.standalone_config import PREFIX
 from lorc_core.variant import CONFIG_FILE
 from pipeline.graph import default_tracking_uri
@@ -51,9 +52,17 @@ def is_exported(directory: Path) -> bool:
     return config.is_file() and json.loads(config.read_text()).get("model_type", "").startswith(PREFIX)
 
 
+def register_plain_models() -> None:
+    """Plain exports run on our copy of their code, so that none of theirs need be trusted."""
+    for model_type, model in MODELS.items():
+        AutoConfig.register(model_type, model.config_class, exist_ok=True)
+        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+
+
 def load_reference(reference: str, workdir: Path) -> tuple[Any, Path]:
     """A model whose cache is compressed, and the directory of its tokenizer."""
     if is_exported(Path(reference)):
+        register_plain_models()
         return AutoModelForCausalLM.from_pretrained(reference, dtype="auto", device_map="auto"), Path(reference)
     with TemporaryDirectory() as scratch:
         directory, dtype = find_variant(reference, workdir, Path(scratch))

@@ -22,6 +22,7 @@ _MODULES = {
     "loading": ("load",),
     "memory": ("cache_bytes",),
     "methods": ("METHODS", "Method"),
+    "plain_export": ("export_plain",),
     "runtime": ("Attachment", "attach"),
     "schedule": ("SCHEDULES", "Progressive", "RankSchedule", "Uniform"),
     "variant": ("Variant", "load_variant"),

@@ -75,6 +75,11 @@ class Checkpoint:
         """Numbers in all tensors."""
         return sum(math.prod(entry["shape"]) for header in self.headers.values() for entry in header.values())
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all safetensors files."""
+        return sum(path.stat().st_size for path in self.headers)
+
     def fingerprint(self, names: Iterable[str]) -> str:
         """Hash of the config, all headers, samples spread over every tensor and all bytes of `names`.
 

@@ -7,7 +7,10 @@ written one file at a time.
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -59,7 +62,15 @@ def export_variant(variant_dir: Path | str, directory: Path | str, *, base: Path
         ConfigError: The directory is not empty, or the base model is not found.
         ArtifactError: The variant is unfinished or altered, or the base is another model.
     """
-    directory = Path(directory)
+    plan = open_variant(variant_dir, Path(directory), base)
+    with new_checkpoint(plan, Path(directory)) as scratch:
+        weight_bytes = write_weights(plan.checkpoint, partial(exported_tensors, plan), scratch)
+        write_config(plan, scratch)
+    return Exported(Path(directory), weight_bytes, plan.checkpoint.file_bytes, plan.kept)
+
+
+def open_variant(variant_dir: Path | str, directory: Path, base: Path | str | None) -> "Plan":
+    """The variant and its base model, looked at before anything is written; see `export_variant`."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory}: exists and is not empty; name a new directory")
     variant = load_variant(variant_dir)
@@ -68,19 +79,21 @@ def export_variant(variant_dir: Path | str, directory: Path | str, *, base: Path
         raise ConfigError(f"{variant_dir}: made from a model in memory, so name its base model with base=")
     base_dir = model_directory(source, None if base is not None else variant.base.revision)
     check_base(base_dir, variant)
-    plan = Plan.of(variant, base_dir)
+    return Plan.of(variant, base_dir)
+
+
+@contextmanager
+def new_checkpoint(plan: "Plan", directory: Path) -> Iterator[Path]:
+    """A place to write to, whose files move to `directory` with the tokenizer's when the block is done."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
-        weight_bytes = write_weights(plan, Path(scratch))
-        write_config(plan, Path(scratch))
+        yield Path(scratch)
         for pattern in COPIED:
-            for file in base_dir.glob(pattern):
+            for file in plan.checkpoint.directory.glob(pattern):
                 shutil.copy(file, scratch)
         directory.mkdir(exist_ok=True)
         for file in sorted(Path(scratch).iterdir(), key=lambda path: path.name == "config.json"):  # config last
             file.rename(directory / file.name)
-    before = sum(path.stat().st_size for path in plan.checkpoint.headers)
-    return Exported(directory, weight_bytes, before, plan.kept)
 
 
 @dataclass(frozen=True)
@@ -157,14 +170,14 @@ def reason_to_keep(architecture: Architecture, kind: Kind, factors: Factors) -> 
     return None
 
 
-def write_weights(plan: Plan, directory: Path) -> int:
+def write_weights(checkpoint: Checkpoint, tensors_of: Callable[[str], dict[str, Tensor]], directory: Path) -> int:
     """One file for each of the base's, and an index where there are more; returns the tensors' bytes."""
     weight_map: dict[str, str] = {}
     total = 0
-    for path, header in plan.checkpoint.headers.items():
+    for path, header in checkpoint.headers.items():
         tensors: dict[str, Tensor] = {}
         for full_name in header:
-            tensors |= exported_tensors(plan, full_name)
+            tensors |= tensors_of(full_name)
         save_file(tensors, directory / path.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, path.name)
         total += sum(tensor.nbytes for tensor in tensors.values())

@@ -106,13 +106,19 @@ def test_sharded_base_gives_a_sharded_export(tmp_path):
         assert_close(one_pass(alone, tokens(model)), one_pass(model, tokens(model)))
 
 
-def test_adapters_are_merged(tmp_path):
+def random_adapters():
+    """For the tiny llama."""
     generator = torch.Generator().manual_seed(0)
     adapters = {}
     for layer_idx in range(3):
         for name, width in (("q", 64), ("k", 32), ("v", 32), ("o", 64)):
             adapters[f"layers.{layer_idx}.{name}.down"] = torch.randn(2, 64, generator=generator) / 8
             adapters[f"layers.{layer_idx}.{name}.up"] = torch.randn(width, 2, generator=generator) / 8
+    return adapters
+
+
+def test_adapters_are_merged(tmp_path):
+    adapters = random_adapters()
     model, variant, variant_dir = make_variant(tmp_path, "llama", "lorc", Uniform(), adapters=adapters)
     lorc_core.export_variant(variant_dir, tmp_path / "exported")
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()

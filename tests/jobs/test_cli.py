@@ -194,6 +194,27 @@ def test_export_then_generate_the_same_text_at_the_same_cost(lorc, variant_dir, 
     assert texts[0].startswith("import os")
 
 
+def test_plain_export_says_its_head_size_and_generates(lorc, tmp_path):
+    base = save_tiny_model("llama", tmp_path / "base")
+    ids = torch.randint(3, 1024, (8, 32), generator=torch.Generator().manual_seed(0))
+    compress(base, "k_svd", 0.5, calibration=ids).save(tmp_path / "variant")
+    code, out, _ = lorc("export", tmp_path / "variant", tmp_path / "plain", "--plain", "--workdir", tmp_path)
+    assert code == 0
+    assert out.endswith("attention and cache at head size 8; load with trust_remote_code=True\n")
+    texts = [
+        lorc("generate", tmp_path / name, "import os", "--max-new-tokens", 5, "--workdir", tmp_path)[:2]
+        for name in ("variant", "plain")
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0][0] == 0
+
+
+def test_plain_export_refuses_with_one_line(lorc, variant_dir, tmp_path):
+    code, out, err = lorc("export", variant_dir, tmp_path / "plain", "--plain", "--workdir", tmp_path)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: layer 0 keys: lorc projects them by block joint; a plain export is of per-head")
+
+
 def test_export_says_what_it_cannot_fold(lorc, tmp_path):
     base = save_tiny_model("llama", tmp_path / "base")
     ids = torch.randint(3, 1024, (8, 32), generator=torch.Generator().manual_seed(0))
