@@ -172,3 +172,27 @@ def test_a_growing_layer_appends_in_place_until_its_room_is_full(monkeypatch):
     layer.reset()
     layer.update(parts[3], parts[3])
     assert torch.equal(layer.keys, parts[3])
+
+
+def test_a_growing_cache_goes_on_outside_inference_mode():
+    model = tiny_model("llama")
+    ids, cache = tokens(model), GrowingCache(config=model.config)
+    expected = one_pass(model, ids)
+    with torch.inference_mode():
+        model(ids[:, :9], past_key_values=cache)
+    with torch.no_grad():
+        found = model(ids[:, 9:], past_key_values=cache).logits
+    torch.testing.assert_close(found, expected[:, 9:], rtol=0, atol=1e-4)
+
+
+def test_gradients_flow_through_a_growing_cache():
+    def gradient(cache):
+        model = tiny_model("llama")
+        ids = tokens(model, columns=8)
+        parts = [model(part, past_key_values=cache, use_cache=cache is not None).logits for part in ids.split(4, dim=1)]
+        torch.cat(parts, dim=1).square().sum().backward()
+        return model.model.layers[0].self_attn.k_proj.weight.grad
+
+    expected = gradient(DynamicCache())
+    torch.testing.assert_close(gradient(GrowingCache()), expected)
+    assert expected.abs().max() > 0
