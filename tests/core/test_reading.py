@@ -120,14 +120,13 @@ def test_turns_of_half_precision_are_computed_in_float32():
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_weights_are_those_of_masked_softmax(softcap):
-    scores, allowed = random(2, 4, 3, 9) * 3, random(2, 1, 3, 9, seed=1) > -0.5
+    logits, allowed = random(2, 4, 3, 9), random(2, 1, 3, 9, seed=1) > -0.5
     allowed[..., 0] = True
-    logits = scores * 0.3
-    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
-    expected = logits.masked_fill(~allowed, float("-inf")).softmax(-1)
+    capped = logits if softcap is None else softcap * (logits / softcap).tanh()
+    expected = capped.masked_fill(~allowed, float("-inf")).softmax(-1)
     added = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float64).min)
-    assert_same(weighted(scores, allowed, 0.3, softcap), expected)
-    assert_same(weighted(scores, added, 0.3, softcap), expected)
+    assert_same(weighted(logits, allowed, softcap), expected)
+    assert_same(weighted(logits, added, softcap), expected)
 
 
 @pytest.mark.parametrize("method", ["lorc", "lorc_q"])
@@ -218,3 +217,20 @@ def test_half_precision_takes_masks_of_float32(method, implementation):
         found, whole = last_logits(mask), last_logits(torch.zeros_like(mask))
         torch.testing.assert_close(found, last_logits(mask.bfloat16()), rtol=0, atol=0.05)
         assert (found - whole).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("method", ["lorc", "kq_svd"])
+def test_float16_decodes_where_unscaled_logits_overflow(method):
+    """As sdpa does, which scales queries and not logits; Qwen2's biases make such logits."""
+    model = tiny_model("qwen2")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.bias.data.fill_(90.0)
+        layer.self_attn.k_proj.bias.data.fill_(90.0)
+    ids = tokens(model)
+    variant = lorc_core.compress(model, method, 0.9, "uniform", calibration=tokens(model, rows=8, seed=3))
+    model = model.half()
+    with lorc_core.attach(model, variant):
+        found, expected = token_by_token(model, ids, 9), one_pass(model, ids)
+    assert 90.0**2 * 16 > torch.finfo(torch.float16).max
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
