@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
@@ -36,10 +37,13 @@ class GrowingLayer(DynamicLayer):
 
     def _appended(self, name: str, held: Tensor, new: Float[Tensor, "b g q d"]) -> Float[Tensor, "b g s d"]:
         """What is held may be a shorter view after `crop`, or another tensor after beams were reordered."""
+        if torch.is_grad_enabled() and (held.requires_grad or new.requires_grad):
+            return torch.cat([held, new], dim=-2)  # what autograd has saved must not be written to
         past = held.shape[-2] if held.numel() else 0
         length, room = past + new.shape[-2], self.rooms.get(name)
         own = room is not None and held.data_ptr() == room.data_ptr() and len(held) == len(room)
-        if room is None or not own or length > room.shape[-2]:
+        locked = room is not None and room.is_inference() and not torch.is_inference_mode_enabled()
+        if room is None or not own or locked or length > room.shape[-2]:
             room = new.new_empty(*new.shape[:2], -(-length // self.BLOCK) * self.BLOCK, new.shape[-1])
             if past:
                 room[:, :, :past] = held

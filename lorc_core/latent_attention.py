@@ -265,6 +265,7 @@ def attention_over_latents(
         filled = min(int(call.past) + query.shape[2], key.shape[2])  # of a static cache; reading it is free on a CPU
         key, value = key[:, :, :filled], value[:, :, :filled]
         mask = None if mask is None else mask[..., :filled]
+    query = query * kwargs.get("scaling", query.shape[-1] ** -0.5)  # not the scores, which float16 may not hold
     if reader is not None:
         scores = scores_of(reader.absorb(query), reader.heads(key))
     else:
@@ -273,7 +274,7 @@ def attention_over_latents(
         new, cached = turns_of(state, call, query, key)
         query = turned(in_pairs(query, state), new[:, None])
         scores = rotated_scores(query, key, factors, state.offsets["keys"], cached)
-    weights = weighted(scores, mask, kwargs.get("scaling", query.shape[-1] ** -0.5), kwargs.get("softcap"))
+    weights = weighted(scores, mask, kwargs.get("softcap"))
     attended = values.restore(mixed(weights, values.heads(value)))
     return attended.transpose(1, 2).contiguous(), weights if underlying == "eager" else None
 

@@ -139,14 +139,12 @@ def turned(
     return torch.cat([found, states[..., num_channels:]], dim=-1) if num_channels < states.shape[-1] else found
 
 
-def weighted(
-    scores: Float[Tensor, "b h q s"], mask: Tensor | None, scaling: float, softcap: float | None
-) -> Float[Tensor, "b h q s"]:
-    """Attention weights, as transformers' eager attention computes them; masks are boolean or added."""
-    scores = scores * scaling
+def weighted(scores: Float[Tensor, "b h q s"], mask: Tensor | None, softcap: float | None) -> Float[Tensor, "b h q s"]:
+    """Attention weights of scaled scores; masks are boolean or added, in any dtype."""
+    dtype = scores.dtype
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         lowest = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)

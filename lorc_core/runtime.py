@@ -5,8 +5,8 @@ compressed before the rotation, the rotation for the identity; `lorc_core.latent
 calls. Calibration looks at a model's queries, keys and values through the same hooks.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -144,9 +144,10 @@ class Attachment:
 
     def use(self, factors: Sequence[LayerFactors]) -> None:
         """Take other factors; layers that were left alone stay so."""
-        for state, found in zip(self.layers, factors, strict=True):
-            if state is not None:
-                state.use(found)
+        with tensors_for_training():
+            for state, found in zip(self.layers, factors, strict=True):
+                if state is not None:
+                    state.use(found)
 
     def start(self) -> "Attachment":
         """Hook the layers; a failure leaves the model as it was.
@@ -159,7 +160,7 @@ class Attachment:
             raise ConfigError("a variant is attached to this model already; detach it first")
         self.model.__dict__[ATTACHMENT_ATTRIBUTE] = self
         caches_copies = self.architecture.num_cached_heads != self.architecture.num_kv_heads
-        with ExitStack() as undo:
+        with ExitStack() as undo, tensors_for_training():
             undo.callback(self.detach)
             self.model.__dict__[EARLY_CACHE_SHAPE] = no_early_shape
             if self.architecture.family.interface:
@@ -170,6 +171,14 @@ class Attachment:
             self._handles += hook_adapters(self.model, self.architecture, self._adapters)
             undo.pop_all()
         return self
+
+
+@contextmanager
+def tensors_for_training() -> Iterator[None]:
+    """What is made within inference mode autograd refuses later; factors outlive the call that attaches them."""
+    tracks = torch.is_grad_enabled()  # leaving inference mode would turn it on
+    with torch.inference_mode(mode=False), torch.set_grad_enabled(tracks):
+        yield
 
 
 def no_early_shape() -> None:

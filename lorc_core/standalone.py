@@ -22,7 +22,7 @@ from lorc_core.standalone_config import PREFIX, Settings, StoredFactors, config_
 
 
 class FactorTensors(nn.Module):
-    """The tensors of one layer's keys or values, where the model's weights are."""
+    """The tensors of one layer's keys or values, where the model's weights are; fine-tuning leaves them alone."""
 
     def __init__(self, stored: StoredFactors, architecture: Architecture) -> None:
         super().__init__()
@@ -34,10 +34,17 @@ class FactorTensors(nn.Module):
         self.constant = nn.Parameter(torch.empty(architecture.kv_width)) if stored.constant else None
 
     def factors(self) -> StandaloneFactors:
-        """As the runtime takes them."""
-        stored, own_down = self.stored, self.own_down
+        """As the runtime takes them: without gradients, since it keeps what it makes of them from call to call."""
+        stored, own_down, constant = self.stored, self.own_down, self.constant
         return StandaloneFactors(
-            self.partition, stored.ranks, self.up, own_down, None, stored.rotated, self.constant, stored.folded
+            self.partition,
+            stored.ranks,
+            self.up.detach(),
+            None if own_down is None else own_down.detach(),
+            None,
+            stored.rotated,
+            None if constant is None else constant.detach(),
+            stored.folded,
         )
 
 
@@ -79,25 +86,26 @@ class StandaloneModel(PreTrainedModel):
             projection = LatentProjection(whole.in_features, tensors.partition, stored.ranks, whole.bias is not None)
             self.base_model.set_submodule(path, projection)
 
-    def _factors(self) -> list[LayerFactors]:
+    def _stored(self) -> list[dict[Kind, FactorTensors | None]]:
         architecture, found = self.lorc_settings.architecture, []
         for layer_idx, layer in enumerate(self.lorc_settings.layers):
             module = self.base_model.get_submodule(architecture.attention_module(layer_idx))
-            found.append(
-                {kind: getattr(module, factors_name(kind)).factors() if layer[kind] else None for kind in KINDS}
-            )
+            found.append({kind: getattr(module, factors_name(kind)) if layer[kind] else None for kind in KINDS})
         return found
 
     def attach_factors(self) -> None:
-        """Attach the factors, again where the weights were moved, cast or replaced since."""
-        factors = self._factors()
-        tensors = [one.up for layer in factors for one in layer.values() if one is not None]
-        placed_at = [(one.device, one.dtype, id(one)) for one in tensors]
+        """Attach the factors, again where they were moved, cast, replaced or written to since."""
+        stored = self._stored()
+        tensors = [one.up for layer in stored for one in layer.values() if one is not None]
+        placed_at = [(one.device, one.dtype, id(one), None if one.is_inference() else one._version) for one in tensors]
         if placed_at == self.__dict__["_lorc_placed_at"]:
             return
         if any(one.device.type == "meta" for one in tensors):
             raise ConfigError("an exported variant cannot be offloaded to CPU or disk; place all of it on devices")
         self.detach_factors()
+        factors: list[LayerFactors] = [
+            {kind: one.factors() if one is not None else None for kind, one in layer.items()} for layer in stored
+        ]
         Attachment(self, self.lorc_settings.architecture, factors).start()
         self.__dict__["_lorc_placed_at"] = placed_at
 

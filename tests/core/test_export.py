@@ -129,6 +129,25 @@ def test_adapters_are_merged(tmp_path):
     assert_close(one_pass(alone, tokens(model)), expected)
 
 
+def test_exported_model_trains_around_its_factors_and_follows_them_when_written_to(tmp_path):
+    model, _, variant_dir = make_variant(tmp_path, "llama", "lorc", Uniform())
+    lorc_core.export_variant(variant_dir, tmp_path / "exported")
+    alone, other = (AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval() for _ in range(2))
+    ids = tokens(model)
+    before = one_pass(alone, ids)  # attaches the factors, in inference mode
+    factors = {name: tensor.clone() for name, tensor in alone.state_dict().items() if ".lorc_" in name}
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        alone(ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert (one_pass(alone, ids) - before).abs().max() > 100 * BOUND
+    assert all(torch.equal(alone.state_dict()[name], tensor) for name, tensor in factors.items())
+    alone.load_state_dict({name: tensor.flip(0) for name, tensor in factors.items()}, strict=False)
+    other.load_state_dict(alone.state_dict())
+    assert torch.equal(one_pass(alone, ids), one_pass(other, ids))
+
+
 def test_exported_model_follows_its_weights_and_saves_itself(tmp_path):
     model, _, variant_dir = make_variant(tmp_path, "qwen2", "lorc_q", Energy())
     lorc_core.export_variant(variant_dir, tmp_path / "exported")

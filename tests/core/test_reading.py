@@ -120,14 +120,13 @@ def test_turns_of_half_precision_are_computed_in_float32():
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_weights_are_those_of_masked_softmax(softcap):
-    scores, allowed = random(2, 4, 3, 9) * 3, random(2, 1, 3, 9, seed=1) > -0.5
+    logits, allowed = random(2, 4, 3, 9), random(2, 1, 3, 9, seed=1) > -0.5
     allowed[..., 0] = True
-    logits = scores * 0.3
-    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
-    expected = logits.masked_fill(~allowed, float("-inf")).softmax(-1)
+    capped = logits if softcap is None else softcap * (logits / softcap).tanh()
+    expected = capped.masked_fill(~allowed, float("-inf")).softmax(-1)
     added = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float64).min)
-    assert_same(weighted(scores, allowed, 0.3, softcap), expected)
-    assert_same(weighted(scores, added, 0.3, softcap), expected)
+    assert_same(weighted(logits, allowed, softcap), expected)
+    assert_same(weighted(logits, added, softcap), expected)
 
 
 @pytest.mark.parametrize("method", ["lorc", "lorc_q"])
@@ -172,3 +171,66 @@ def test_a_growing_layer_appends_in_place_until_its_room_is_full(monkeypatch):
     layer.reset()
     layer.update(parts[3], parts[3])
     assert torch.equal(layer.keys, parts[3])
+
+
+def test_a_growing_cache_goes_on_outside_inference_mode():
+    model = tiny_model("llama")
+    ids, cache = tokens(model), GrowingCache(config=model.config)
+    expected = one_pass(model, ids)
+    with torch.inference_mode():
+        model(ids[:, :9], past_key_values=cache)
+    with torch.no_grad():
+        found = model(ids[:, 9:], past_key_values=cache).logits
+    torch.testing.assert_close(found, expected[:, 9:], rtol=0, atol=1e-4)
+
+
+def test_gradients_flow_through_a_growing_cache():
+    def gradient(cache):
+        model = tiny_model("llama")
+        ids = tokens(model, columns=8)
+        parts = [model(part, past_key_values=cache, use_cache=cache is not None).logits for part in ids.split(4, dim=1)]
+        torch.cat(parts, dim=1).square().sum().backward()
+        return model.model.layers[0].self_attn.k_proj.weight.grad
+
+    expected = gradient(DynamicCache())
+    torch.testing.assert_close(gradient(GrowingCache()), expected)
+    assert expected.abs().max() > 0
+
+
+@pytest.mark.parametrize("method", ["lorc", "kq_svd"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_half_precision_takes_masks_of_float32(method, implementation):
+    """As the untouched model does; the same mask in the model's dtype is the reference."""
+    model = tiny_model("llama").bfloat16()
+    model.set_attn_implementation(implementation)
+    ids = tokens(model)
+    variant = lorc_core.compress(model, method, schedule="uniform", calibration=tokens(model, rows=8, seed=3))
+    mask = torch.zeros(2, 1, 1, ids.shape[1]).masked_fill(torch.arange(ids.shape[1]) < 4, float("-inf"))
+
+    @torch.no_grad()
+    def last_logits(mask):
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :-1], past_key_values=cache)
+        return model(ids[:, -1:], past_key_values=cache, attention_mask=mask).logits
+
+    with lorc_core.attach(model, variant):
+        found, whole = last_logits(mask), last_logits(torch.zeros_like(mask))
+        torch.testing.assert_close(found, last_logits(mask.bfloat16()), rtol=0, atol=0.05)
+        assert (found - whole).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("method", ["lorc", "kq_svd"])
+def test_float16_decodes_where_unscaled_logits_overflow(method):
+    """As sdpa does, which scales queries and not logits; Qwen2's biases make such logits."""
+    model = tiny_model("qwen2")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.bias.data.fill_(90.0)
+        layer.self_attn.k_proj.bias.data.fill_(90.0)
+    ids = tokens(model)
+    variant = lorc_core.compress(model, method, 0.9, "uniform", calibration=tokens(model, rows=8, seed=3))
+    model = model.half()
+    with lorc_core.attach(model, variant):
+        found, expected = token_by_token(model, ids, 9), one_pass(model, ids)
+    assert torch.finfo(torch.float16).max < 90.0**2 * 16
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1)

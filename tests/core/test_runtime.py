@@ -321,3 +321,21 @@ def test_bfloat16_model_takes_float32_factors():
     assert lorc_core.cache_bytes(output.past_key_values) == ids.numel() * 2 * variant.ranks.floats_per_token
     assert isinstance(output.past_key_values, DynamicCache)
     assert not isinstance(output.past_key_values, LatentCache)
+
+
+@pytest.mark.parametrize("method", ["lorc", "lorc_q"])
+def test_what_was_attached_in_inference_mode_lets_gradients_through(method):
+    model = tiny_model("llama")
+    ids, variant = tokens(model, columns=8), lorc_core.compress(model, method, schedule=Uniform())
+
+    def gradient(mode):
+        with mode():
+            attachment = lorc_core.attach(model, variant)
+            model(ids)
+        with attachment:
+            model(ids, labels=ids).loss.backward()
+        found = model.model.layers[0].self_attn.k_proj.weight.grad
+        model.zero_grad()
+        return found
+
+    assert torch.equal(gradient(torch.inference_mode), gradient(torch.no_grad))
