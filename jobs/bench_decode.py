@@ -5,7 +5,8 @@ turn by turn in one run. Weights and factors are random: speed and memory depend
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -14,8 +15,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from jobs.screen import console, size
@@ -24,7 +27,7 @@ from lorc_core.errors import ConfigError
 from lorc_core.growing_cache import GrowingCache
 from lorc_core.latent_attention import LayerFactors, project_down
 from lorc_core.memory import cache_bytes
-from lorc_core.methods import METHODS
+from lorc_core.methods import METHODS, Method
 from lorc_core.projection import Factors
 from lorc_core.runtime import Attachment
 from lorc_core.variant import load_variant
@@ -61,6 +64,7 @@ BASELINE = "untouched"
 CACHES = ("static", "growing")
 DTYPES = ("float32", "bfloat16", "float16")
 PREFILL_ROUNDS = 3
+TOKENS_A_TURN = 4
 
 
 @dataclass(frozen=True)
@@ -159,19 +163,23 @@ def filled_cache(
     return cache
 
 
-def attached_s(model: PreTrainedModel, contender: Contender, work: Callable[[], object]) -> float:
-    """Seconds of some work with the contender attached."""
-    attachment = None
-    if any(any(layer.values()) for layer in contender.factors):
-        attachment = Attachment(model, architecture_of(model.config), contender.factors).start()
+@contextmanager
+def attached(model: PreTrainedModel, contender: Contender) -> Iterator[None]:
+    """The contender's factors on the model, if it has any."""
+    if not any(any(layer.values()) for layer in contender.factors):
+        yield
+        return
+    with Attachment(model, architecture_of(model.config), contender.factors).start():
+        yield
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall-clock seconds."""
     wait()
     started = time.perf_counter()
     work()
     wait()
-    elapsed = time.perf_counter() - started
-    if attachment:
-        attachment.detach()
-    return elapsed
+    return time.perf_counter() - started
 
 
 def wait() -> None:
@@ -179,26 +187,34 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+def token_seconds(model: PreTrainedModel, cache: Cache, ids: Int[Tensor, "b t"]) -> list[float]:
+    """Of some tokens in a row, after one that is not counted: what is kept from token to token is made then."""
+    work = partial(model, ids[:, :1], past_key_values=cache)
+    return [seconds_of(work) for _ in range(TOKENS_A_TURN + 1)][1:]
+
+
 @torch.inference_mode()
 def measure(
     model: PreTrainedModel, contenders: Sequence[Contender], settings: Settings, cache: str, place: tuple[int, int]
 ) -> list[Measured]:
-    """Every contender in turn, again and again, so that other load on the machine meets them alike."""
+    """Every contender in turn, some tokens at a time, so that other load on the machine meets them alike."""
     context, batch_size = place
-    rounds = settings.num_tokens + 1  # the first is not counted
-    held = [filled_cache(model, one, cache, context, rounds, batch_size) for one in contenders]
-    empty = new_cache(model, cache, rounds)
+    num_turns = -(-settings.num_tokens // TOKENS_A_TURN)
+    room = num_turns * (TOKENS_A_TURN + 1)
+    held = [filled_cache(model, one, cache, context, room, batch_size) for one in contenders]
+    empty = new_cache(model, cache, room)
     ids = torch.randint(model.config.vocab_size, (batch_size, settings.prefill_tokens), device=model.device)
     on_gpu = torch.cuda.is_available()
     steps: list[list[float]] = [[] for _ in contenders]
     peaks: list[int | None] = [None for _ in contenders]
     without: list[float] = []
-    for _ in range(rounds):
-        without.append(attached_s(model, contenders[0], partial(model, ids[:, :1], past_key_values=empty)))
+    for _ in range(num_turns):
+        without += token_seconds(model, empty, ids)
         for idx, one in enumerate(contenders):
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            steps[idx].append(attached_s(model, one, partial(model, ids[:, :1], past_key_values=held[idx])))
+            with attached(model, one):
+                steps[idx] += token_seconds(model, held[idx], ids)
             if on_gpu:
                 others = sum(cache_bytes(other) for other in held if other is not held[idx])
                 peaks[idx] = torch.cuda.max_memory_allocated() - others
@@ -208,15 +224,16 @@ def measure(
     for _ in range(PREFILL_ROUNDS):
         for idx, one in enumerate(contenders):
             fresh = new_cache(model, cache, settings.prefill_tokens)
-            prefills[idx].append(attached_s(model, one, partial(model, ids, past_key_values=fresh, logits_to_keep=1)))
+            with attached(model, one):
+                prefills[idx].append(seconds_of(partial(model, ids, past_key_values=fresh, logits_to_keep=1)))
     return [
         Measured(
             contender=one.name,
             cache=cache,
             context=context,
             batch_size=batch_size,
-            token_s=median(steps[idx][1:]),
-            empty_s=median(without[1:]),
+            token_s=median(steps[idx]),
+            empty_s=median(without),
             prefill_s=median(prefills[idx]),
             cache_bytes=total,
             peak_bytes=peaks[idx],
@@ -248,8 +265,19 @@ def contenders_of(model: PreTrainedModel, variant_dir: Path | None) -> list[Cont
         variant = load_variant(variant_dir)
         return [*found, Contender(f"{variant.method.name} {variant.kept_fraction:.2f}", variant.factors)]
     return found + [
-        random_contender(architecture, method, {"keys": keys, "values": values}) for method, keys, values in CONTENDERS
+        random_contender(architecture, method, {"keys": keys, "values": values})
+        for method, keys, values in CONTENDERS
+        if applies(METHODS[method], architecture)
     ]
+
+
+def applies(method: Method, architecture: Architecture) -> bool:
+    """Whether a model can be compressed so; one without rotation has no frequencies."""
+    try:
+        method.check(architecture)
+    except ConfigError:
+        return False
+    return True
 
 
 def show(measured: Sequence[Measured]) -> Table:

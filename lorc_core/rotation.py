@@ -139,11 +139,22 @@ class RowPositions:
         known = self._shifts.get(cache)
         if slots_before == 0 or known is None:
             self._shifts[cache] = shifts
-        elif not torch.isin(shifts, known).all():
+        elif not go_on(shifts, known):
             raise ConfigError(
                 "position_ids do not go on from those of the cached tokens; keys compressed before the rotation need "
                 "contiguous positions (pad on the left)"
             )
+
+
+def go_on(shifts: Int[Tensor, " b"], known: Int[Tensor, " c"]) -> bool:
+    """Whether every row goes on from its own cached tokens.
+
+    Beams change places among those of one text, which have one shift; where rows were added or dropped since, it must
+    be that of some row.
+    """
+    if len(shifts) == len(known) or 1 in (len(shifts), len(known)):
+        return bool((shifts == known).all())
+    return bool(torch.isin(shifts, known).all())
 
 
 def rows_are_contiguous(position_ids: Int[Tensor, "#b q"]) -> bool:

@@ -143,7 +143,14 @@ class Attachment:
         return LayerRotation(rotary, None if inside else self.model.base_model.get_submodule("rotary_emb"))
 
     def use(self, factors: Sequence[LayerFactors]) -> None:
-        """Take other factors; layers that were left alone stay so."""
+        """Take other factors.
+
+        Raises:
+            ConfigError: A layer would get factors that was left alone when this was attached.
+        """
+        for layer_idx, (state, found) in enumerate(zip(self.layers, factors, strict=True)):
+            if state is None and any(found.values()):
+                raise ConfigError(f"layer {layer_idx} was left alone when the variant was attached; attach anew")
         with tensors_for_training():
             for state, found in zip(self.layers, factors, strict=True):
                 if state is not None:
