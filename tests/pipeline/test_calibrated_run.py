@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from collections import Counter
 
 import psutil
 import pyarrow.dataset as ds
@@ -14,9 +15,10 @@ import lorc_core
 from lorc_core.methods import METHODS
 from pipeline.artifacts import load_moments
 from pipeline.results import results
+from pipeline.steps import distinct
 from pipeline.tables import read_rows
 from pipeline.zoo import load_zoo
-from pipeline.zoo_run import run_zoo
+from pipeline.zoo_run import plan_steps, run_zoo, wanted_steps
 from tests.conftest import DEMO, save_tiny_model
 from tests.pipeline.test_zoo_run import statuses
 
@@ -124,6 +126,19 @@ def test_a_sweep_of_ten_presets_over_budgets_decomposes_each_layer_once(sweep):
         )
         for kept in BUDGETS
     ]
+
+
+def test_four_budgets_ask_for_the_same_decompositions_and_calibration(sweep, directory):
+    presets, run = sweep
+    entries = [{"method": name, "schedule": "uniform", "kept_fraction": [0.75, 0.6, 0.5, 0.4]} for name in presets]
+    rows = "\n".join(f"  - {json.dumps(entry)}" for entry in entries)
+    (directory / "four.yaml").write_text(ZOO.format(variants=rows, shards=1))
+    models, _ = plan_steps(load_zoo(directory / "four.yaml"), run.store)
+    steps = distinct(wanted_steps(models, "compress"))
+    done = Counter((step.name, run.store.is_done(step)) for step in steps)
+    assert (done["decompose", True], done["decompose", False]) == (3 * 10 + 3 * 9, 0)
+    assert (done["calibrate", True], done["calibrate", False]) == (2, 0)
+    assert (done["variant", True], done["variant", False]) == (2 * (10 + 9), 2 * (10 + 9))
 
 
 def test_errors_are_below_their_bounds_and_above_the_least(sweep):
