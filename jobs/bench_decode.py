@@ -25,7 +25,7 @@ from jobs.screen import console, size
 from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
 from lorc_core.errors import ConfigError
 from lorc_core.growing_cache import GrowingCache
-from lorc_core.latent_attention import LayerFactors, project_down
+from lorc_core.latent_cache import LayerFactors, project_down
 from lorc_core.memory import cache_bytes
 from lorc_core.methods import METHODS, Method
 from lorc_core.projection import Factors

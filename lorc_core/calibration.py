@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorc_core.architecture import KINDS, Architecture, architecture_of
 from lorc_core.errors import ArtifactError, ConfigError, NumericsError
-from lorc_core.latent_attention import Observed
+from lorc_core.latent_cache import Observed
 from lorc_core.moments import LayerMoments, SecondMoment, measure
 from lorc_core.runtime import Attachment
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lorc_core.architecture import KINDS, PROJECTION_OF, Architecture, Kind, architecture_of
 from lorc_core.errors import NumericsError
-from lorc_core.latent_attention import LayerFactors, Observed, project_states
+from lorc_core.latent_cache import LayerFactors, Observed, project_states
 from lorc_core.projection import Factors, LayerDecomposition, layer_spectrum
 from lorc_core.rotation import rotate
 from lorc_core.runtime import Attachment

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from lorc_core.architecture import Architecture
-from lorc_core.latent_attention import Call, LatentCache, LayerState, Observed, key_rotation, rebuild
+from lorc_core.latent_attention import key_rotation
+from lorc_core.latent_cache import Call, LatentCache, LayerState, Observed, rebuild
 from lorc_core.rotation import rotate, unrotate
 from lorc_core.weights import projection_rows
 

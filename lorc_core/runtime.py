@@ -20,15 +20,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from lorc_core.adapters import AdapterTensors, hook_adapters
 from lorc_core.architecture import Architecture, architecture_of
 from lorc_core.errors import ConfigError, UnsupportedModelError
-from lorc_core.latent_attention import (
-    STATE_ATTRIBUTE,
-    Call,
-    LatentCache,
-    LayerFactors,
-    LayerState,
-    Observed,
-    latent_attention,
-)
+from lorc_core.latent_attention import STATE_ATTRIBUTE, latent_attention
+from lorc_core.latent_cache import Call, LatentCache, LayerFactors, LayerState, Observed
 from lorc_core.rebuilding import OwnAttention, RebuildingCache
 from lorc_core.rotation import LayerRotation, RowPositions, SlotTurns
 from lorc_core.variant import Variant

@@ -16,7 +16,7 @@ from lorc_core.architecture import KINDS, PROJECTION_OF, Architecture, Kind
 from lorc_core.blocks import Partition
 from lorc_core.errors import ConfigError
 from lorc_core.folding import LatentProjection, StandaloneFactors
-from lorc_core.latent_attention import LayerFactors
+from lorc_core.latent_cache import LayerFactors
 from lorc_core.runtime import ATTACHMENT_ATTRIBUTE, Attachment
 from lorc_core.standalone_config import PREFIX, Settings, StoredFactors, config_class
 

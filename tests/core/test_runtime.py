@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import lorc_core
 from lorc_core.architecture import KINDS, architecture_of
 from lorc_core.errors import ConfigError
-from lorc_core.latent_attention import LatentCache, turns_of
+from lorc_core.latent_attention import turns_of
+from lorc_core.latent_cache import LatentCache
 from lorc_core.methods import METHODS
 from lorc_core.schedule import Uniform
 from lorc_core.spectra import LayerRanks, RankSchedule
@@ -304,7 +305,7 @@ def test_a_failed_attach_leaves_the_model_as_it_was(monkeypatch):
     variant = lorc_core.compress(model)
     baseline = one_pass(model, tokens(model))
     with monkeypatch.context() as patch:
-        patch.setattr("lorc_core.latent_attention.Factors.to", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
+        patch.setattr("lorc_core.latent_cache.Factors.to", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
         with pytest.raises(MemoryError):
             lorc_core.attach(model, variant)
     assert torch.equal(one_pass(model, tokens(model)), baseline)
