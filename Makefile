@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-CORE_TESTS = pytest pytest-timeout hypothesis beartype
+CORE_TESTS = pytest pytest-timeout pytest-xdist hypothesis beartype
 
 .PHONY: run test test-core lint
 

@@ -77,7 +77,8 @@ def reads_latents(
 ) -> bool:
     """Whether attending over latents is cheaper than rebuilding values, and their mathematics is known."""
     num_rows = query.shape[1] * query.shape[2]
-    few = query.shape[2] == 1 or (mask is not None and num_rows <= state.num_kv_heads * state.head_dim)
+    # scores then take no more than half the memory of rebuilt values
+    few = query.shape[2] == 1 or (mask is not None and 2 * num_rows <= state.num_kv_heads * state.head_dim)
     known = underlying in KNOWN_IMPLEMENTATIONS and not any(kwargs.get(name) is not None for name in UNKNOWN_ARGUMENTS)
     rebuilds = state.projections.readers["keys"] is None
     return few and known and not module.training and not (rebuilds and torch.compiler.is_compiling())

@@ -53,7 +53,14 @@ TINY_CONFIGS = {
 }
 
 transformers_logging.disable_progress_bar()
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two processes run the tests
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of a file stay in one process, and all that need Ray or MLflow in one: it has one cluster for them."""
+    for item in items:
+        name = item.path.stem if item.path.parent.name == "core" else "ray"
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 def tiny_model(name, seed=0):

@@ -108,7 +108,7 @@ def test_regress_passes_then_sees_a_fall_then_an_altered_file(finished, registry
     worse_factors(registered)
     write_manifest(registered)
     code, out, _ = lorc("regress", "small-llama", "--workdir", workdir)
-    assert code == 1
+    assert code == 1, out
     assert "fell" in out
     assert registry.get_model_version("small-llama", champion.version).tags["lorc.regression"].startswith("fell")
 
