@@ -9,6 +9,7 @@ of rotated channels.
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,32 @@ def key_rotation(state: LayerState, call: Call, keys: Float[Tensor, "b g s d"], 
     return state.rotary(keys, newest - (call.past + q_len - 1 - slots))
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a module asks of its attention function, in transformers' terms."""
+
+    underlying: str
+    module: nn.Module
+    query: Float[Tensor, "b h q d"]
+    key: Float[Tensor, "b _ s _"]
+    value: Float[Tensor, "b _ s _"]
+    mask: Tensor | None
+    options: dict[str, Any]
+
+    @property
+    def scaling(self) -> float:
+        """Of the logits: by whole heads where the module leaves it open, whatever the size of those attended."""
+        given = self.options.get("scaling")
+        return self.query.shape[-1] ** -0.5 if given is None else given
+
+    def attend(
+        self, query: Float[Tensor, "b h q _"], key: Float[Tensor, "b g s _"], value: Float[Tensor, "b g s _"]
+    ) -> tuple[Float[Tensor, "b q h _"], Tensor | None]:
+        """The model's own attention on other queries, keys and values."""
+        attend = implementation(self.underlying, self.module)
+        return attend(self.module, query, key, value, self.mask, **(self.options | {"scaling": self.scaling}))
+
+
 def latent_attention(
     underlying: str,
     module: nn.Module,
@@ -54,54 +81,38 @@ def latent_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over latents, by the implementation called `underlying` wherever whole states serve better."""
-    attend = implementation(underlying, module)
     state: LayerState | None = getattr(module, STATE_ATTRIBUTE, None)
     if state is None or (state.observe is None and not state.projections.compress):
-        return attend(module, query, key, value, attention_mask, **kwargs)
+        return implementation(underlying, module)(module, query, key, value, attention_mask, **kwargs)
     call, state.call = state.call, None
     assert call is not None
+    asked = Asked(underlying, module, query, key, value, attention_mask, kwargs)
     if state.observe is not None:
-        return observed_attention(attend, state, call, module, query, key, value, attention_mask, **kwargs)
-    if reads_latents(underlying, state, module, query, attention_mask, kwargs):
-        return attention_over_latents(underlying, state, call, query, key, value, attention_mask, **kwargs)
-    return attention_over_states(attend, state, call, module, query, key, value, attention_mask, **kwargs)
+        return observed_attention(state, call, asked)
+    if reads_latents(state, asked):
+        return attention_over_latents(state, call, asked)
+    return attention_over_states(state, call, asked)
 
 
-def reads_latents(
-    underlying: str,
-    state: LayerState,
-    module: nn.Module,
-    query: Float[Tensor, "b h q d"],
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
-) -> bool:
+def reads_latents(state: LayerState, asked: Asked) -> bool:
     """Whether attending over latents is cheaper than rebuilding values, and their mathematics is known."""
-    num_rows = query.shape[1] * query.shape[2]
+    num_heads, q_len = asked.query.shape[1:3]
     # scores then take no more than half the memory of rebuilt values
-    few = query.shape[2] == 1 or (mask is not None and 2 * num_rows <= state.num_kv_heads * state.head_dim)
-    known = underlying in KNOWN_IMPLEMENTATIONS and not any(kwargs.get(name) is not None for name in UNKNOWN_ARGUMENTS)
+    few = q_len == 1 or (asked.mask is not None and 2 * num_heads * q_len <= state.num_kv_heads * state.head_dim)
+    plain = not any(asked.options.get(name) is not None for name in UNKNOWN_ARGUMENTS)
+    known = asked.underlying in KNOWN_IMPLEMENTATIONS and plain
     rebuilds = state.projections.readers["keys"] is None
-    return few and known and not module.training and not (rebuilds and torch.compiler.is_compiling())
+    return few and known and not asked.module.training and not (rebuilds and torch.compiler.is_compiling())
 
 
 def attention_over_latents(
-    underlying: str,
-    state: LayerState,
-    call: Call,
-    query: Float[Tensor, "b h q d"],
-    key: Float[Tensor, "b l s _"],
-    value: Float[Tensor, "b l s _"],
-    mask: Tensor | None,
-    **kwargs: Any,
+    state: LayerState, call: Call, asked: Asked
 ) -> tuple[Float[Tensor, "b q h d"], Tensor | None]:
     """Nothing is rebuilt but keys that must be rotated, those a chunk at a time."""
     reader, values = state.projections.readers["keys"], state.projections.readers["values"]
     assert values is not None
-    if underlying == "sdpa" and isinstance(call.past, Tensor) and call.first_slot == 0 and key.device.type == "cpu":
-        filled = min(int(call.past) + query.shape[2], key.shape[2])  # of a static cache; reading it is free on a CPU
-        key, value = key[:, :, :filled], value[:, :, :filled]
-        mask = None if mask is None else mask[..., :filled]
-    query = query * kwargs.get("scaling", query.shape[-1] ** -0.5)  # not the scores, which float16 may not hold
+    key, value, mask = filled(call, asked)
+    query = asked.query * asked.scaling  # not the scores, which float16 may not hold
     if reader is not None:
         scores = scores_of(reader.absorb(query), reader.heads(key))
     else:
@@ -110,9 +121,19 @@ def attention_over_latents(
         new, cached = turns_of(state, call, query, key)
         query = turned(in_pairs(query, state), new[:, None])
         scores = rotated_scores(query, key, factors, state.projections.offsets["keys"], cached)
-    weights = weighted(scores, mask, kwargs.get("softcap"))
+    weights = weighted(scores, mask, asked.options.get("softcap"))
     attended = values.restore(mixed(weights, values.heads(value)))
-    return attended.transpose(1, 2).contiguous(), weights if underlying == "eager" else None
+    return attended.transpose(1, 2).contiguous(), weights if asked.underlying == "eager" else None
+
+
+def filled(call: Call, asked: Asked) -> tuple[Float[Tensor, "b l s _"], Float[Tensor, "b l s _"], Tensor | None]:
+    """Keys, values and mask of the slots in use; of a static cache the first ones, which a CPU can ask for free."""
+    key, value, mask = asked.key, asked.value, asked.mask
+    counted = isinstance(call.past, Tensor) and call.first_slot == 0 and key.device.type == "cpu"
+    if asked.underlying != "sdpa" or not counted:
+        return key, value, mask
+    num_filled = min(int(call.past) + asked.query.shape[2], key.shape[2])
+    return key[:, :, :num_filled], value[:, :, :num_filled], None if mask is None else mask[..., :num_filled]
 
 
 def turns_of(
@@ -130,63 +151,44 @@ def turns_of(
 
 
 def attention_over_states(
-    attend: Callable[..., tuple[Tensor, Tensor | None]],
-    state: LayerState,
-    call: Call,
-    module: nn.Module,
-    query: Float[Tensor, "b h q d"],
-    key: Float[Tensor, "b l s _"],
-    value: Float[Tensor, "b l s _"],
-    mask: Tensor | None,
-    **kwargs: Any,
+    state: LayerState, call: Call, asked: Asked
 ) -> tuple[Float[Tensor, "b q h d"], Tensor | None]:
     """The model's own attention: at the smaller head size where latents stand by kv head, else on rebuilt states."""
     keys, values = state.projections.readers["keys"], state.projections.readers["values"]
-    kwargs.setdefault("scaling", query.shape[-1] ** -0.5)  # of whole heads, whatever the size of those attended
     if keys is not None and keys.num_heads == state.num_kv_heads:
-        query, key = keys.absorb(query), keys.heads(key)
+        query, key = keys.absorb(asked.query), keys.heads(asked.key)
     else:
-        q_len = query.shape[2]
-        key = rebuild(key, state, "keys")
+        query, key = asked.query, rebuild(asked.key, state, "keys")
         if call.rotation is not None:
             query = turned(in_pairs(query, state), call.rotation.turns()[:, None])
-            key = turned(key, key_rotation(state, call, key, q_len).turns()[:, None])
+            key = turned(key, key_rotation(state, call, key, query.shape[2]).turns()[:, None])
     by_head = values if values is not None and values.num_heads == state.num_kv_heads else None
-    value = by_head.heads(value) if by_head else rebuild(value, state, "values")
+    value = by_head.heads(asked.value) if by_head else rebuild(asked.value, state, "values")
     width, value_width = max(key.shape[-1], value.shape[-1]), value.shape[-1]
     query, key, value = (pad(one, (0, width - one.shape[-1])) for one in (query, key, value))  # kernels want one size
-    attended, weights = attend(module, query, key, value, mask, **kwargs)
+    attended, weights = asked.attend(query, key, value)
     attended = attended[..., :value_width]
     if by_head:
         attended = by_head.restore(attended.transpose(1, 2)).transpose(1, 2).contiguous()
     return attended, weights
 
 
-def observed_attention(
-    attend: Callable[..., tuple[Tensor, Tensor | None]],
-    state: LayerState,
-    call: Call,
-    module: nn.Module,
-    query: Float[Tensor, "b h q d"],
-    key: Float[Tensor, "b g s d"],
-    value: Float[Tensor, "b g s d"],
-    mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Float[Tensor, "b q h d"], Tensor | None]:
+def observed_attention(state: LayerState, call: Call, asked: Asked) -> tuple[Float[Tensor, "b q h d"], Tensor | None]:
     """The untouched model's attention, shown to the observer."""
     assert state.observe is not None
     assert call.inputs is not None
-    rotated_key, rotated_query = key, query
+    query, key, value = asked.query, asked.key, asked.value
+    rotated_query, rotated_key = query, key
     if call.rotation is not None:
-        rotated_key, rotated_query = rotate(key, call.rotation), rotate(query, call.rotation)
+        rotated_query, rotated_key = rotate(query, call.rotation), rotate(key, call.rotation)
 
     def attend_with(keys: Tensor, values: Tensor) -> Tensor:
-        return attend(module, rotated_query, keys, values, mask, **kwargs)[0]
+        return asked.attend(rotated_query, keys, values)[0]
 
-    scale = kwargs["scaling"] * query.shape[-1] ** 0.5  # OPT scales its queries itself, not the logits
+    scale = asked.scaling * query.shape[-1] ** 0.5  # OPT scales its queries itself, not the logits
     states = (query * scale, key, value, rotated_query * scale, rotated_key)
-    state.observe(Observed(module, call.inputs, *states, call.rotation, attend_with))
-    return attend(module, rotated_query, rotated_key, value, mask, **kwargs)
+    state.observe(Observed(asked.module, call.inputs, *states, call.rotation, attend_with))
+    return asked.attend(rotated_query, rotated_key, value)
 
 
 def implementation(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
