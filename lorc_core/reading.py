@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lorc_core.projection import Factors
 
-# Rebuilt keys held at once: few enough to stay in a CPU's caches, or to be little beside a GPU's.
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+# Rebuilt keys held at once: few enough to stay in a CPU's caches, or to be little beside an accelerator's memory.
+CPU_CHUNK_BYTES = 8 << 20
+ACCELERATOR_CHUNK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -110,19 +111,19 @@ def rotated_scores(
     joint, head_dim = latents.squeeze(1), query.shape[-1]
     scores = query.new_empty(*query.shape[:3], joint.shape[1])
     row_bytes = len(joint) * factors.partition.kv_width * max(joint.element_size(), 4)
-    chunk = max(1, CHUNK_BYTES["cpu" if joint.device.type == "cpu" else "cuda"] // row_bytes)
+    chunk = max(1, (CPU_CHUNK_BYTES if joint.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES) // row_bytes)
     for start in range(0, joint.shape[1], chunk):
         part = slice(start, start + chunk)
         keys = factors.rebuild(joint[:, part])
         keys = keys if offset is None else keys + offset
-        keys = turned(keys.unflatten(-1, (-1, head_dim)), turns[:, part, None], overwrite=True)
+        keys = turned(keys.unflatten(-1, (-1, head_dim)), turns[:, part, None], may_overwrite=True)
         scores[..., part] = scores_of(query, keys.transpose(1, 2))
         del keys  # before the next ones are made: they take its place
     return scores
 
 
 def turned(
-    states: Float[Tensor, "*s d"], turns: Complex[Tensor, "*#s p"], *, overwrite: bool = False
+    states: Float[Tensor, "*s d"], turns: Complex[Tensor, "*#s p"], *, may_overwrite: bool = False
 ) -> Float[Tensor, "*s d"]:
     """Rotary embedding of states whose pairs of channels stand side by side; channels past the pairs are passed."""
     num_channels = 2 * turns.shape[-1]
@@ -130,7 +131,7 @@ def turned(
     if torch.compiler.is_compiling():  # inductor has no complex numbers
         a, b, cos, sin = pairs[..., 0], pairs[..., 1], turns.real, turns.imag
         found = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    elif overwrite and states.dtype == turns.real.dtype:
+    elif may_overwrite and states.dtype == turns.real.dtype:
         torch.view_as_complex(pairs).mul_(turns)
         return states
     else:

@@ -83,7 +83,7 @@ def rotation_of(num_channels, *, interleaved, positions):
 @pytest.mark.parametrize("name", ["joint", "head", "groups of one rank", "groups of two ranks"])
 def test_rotated_scores_are_those_of_rebuilt_and_rotated_keys(name, num_channels, interleaved, chunk, monkeypatch):
     row_bytes = 2 * KV_HEADS * HEAD_DIM * 8
-    monkeypatch.setitem(lorc_core.reading.CHUNK_BYTES, "cpu", chunk * row_bytes)
+    monkeypatch.setattr(lorc_core.reading, "CPU_CHUNK_BYTES", chunk * row_bytes)
     factors, offset = random_factors(*PARTITIONS[name]), random(KV_HEADS * HEAD_DIM, seed=2)
     latents, query = random(2, 1, CACHED, sum(factors.ranks), seed=3), random(2, HEADS, NEW, HEAD_DIM, seed=4)
     layer, keys_at = rotation_of(num_channels, interleaved=interleaved, positions=torch.arange(CACHED)[None])
@@ -108,7 +108,7 @@ def test_turns_are_made_anew_for_what_must_not_be_overwritten():
     expected = rotate(states, rotation)
     assert_same(turned(states, rotation.turns()[:, None]), expected)
     assert torch.equal(states, kept)
-    assert_same(turned(states, rotation.turns()[:, None], overwrite=True), expected)
+    assert_same(turned(states, rotation.turns()[:, None], may_overwrite=True), expected)
     assert_same(states, expected)
 
 
