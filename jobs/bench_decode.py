@@ -1,85 +1,45 @@
 """Benchmark of a compressed cache at work: `lorc bench decode`.
 
 Seconds for one new token and for a prefill, and the bytes of the cache, of the untouched model and of variants of it,
-turn by turn in one run. Weights and factors are random: speed and memory depend on their shapes alone.
+turn by turn in one run.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from jaxtyping import Int
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers import Cache, PreTrainedModel, StaticCache
 
+from jobs.bench_models import BASELINE, Contender, Subject, attached, bench_model, check_known, contenders_of
 from jobs.screen import console, size
-from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
-from lorc_core.errors import ConfigError
+from lorc_core.architecture import KINDS, architecture_of
 from lorc_core.growing_cache import GrowingCache
-from lorc_core.latent_cache import LayerFactors, project_down
+from lorc_core.latent_cache import project_down
 from lorc_core.memory import cache_bytes
-from lorc_core.methods import METHODS, Method
-from lorc_core.projection import Factors
 from lorc_core.runtime import Attachment
-from lorc_core.variant import load_variant
 
-LLAMA_3 = {"vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 131072}
-SHAPES: dict[str, dict[str, Any]] = {
-    # 8 kv heads of 128 as in LLaMA-3, in layers as wide as TinyLlama's; the vocabulary is small, for a laptop's memory
-    "small": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "vocab_size": 4096,
-        "max_position_embeddings": 131072,
-    },
-    "llama-3-8b": {
-        **LLAMA_3,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-}
-# Method, and the shares of the floats of keys and values that are kept.
-CONTENDERS = (
-    ("kq_svd", 0.5, 0.5),
-    ("phasor_freq", 0.5, 0.5),
-    ("kq_joint", 0.25, 0.75),
-    ("lorc", 0.25, 0.75),
-)
-BASELINE = "untouched"
 CACHES = ("static", "growing")
-DTYPES = ("float32", "bfloat16", "float16")
 PREFILL_ROUNDS = 3
 TOKENS_A_TURN = 4
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run: a model's directory or a named shape, and where its caches stand.
+    """Where the model's caches stand.
 
     Raises:
-        ConfigError: A shape or a cache is not known, or a variant has no model.
+        ConfigError: A cache is not known.
     """
 
-    model: Path | None = None
-    variant: Path | None = None
-    shape: str = "small"
-    num_layers: int | None = None
-    dtype: str = "float32"
     caches: Sequence[str] = CACHES
     contexts: Sequence[int] = (8192,)
     batch_sizes: Sequence[int] = (1,)
@@ -87,23 +47,7 @@ class Settings:
     prefill_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        for name, given, known in (
-            ("shape", [self.shape], SHAPES),
-            ("cache", self.caches, CACHES),
-            ("dtype", [self.dtype], DTYPES),
-        ):
-            if unknown := [one for one in given if one not in known]:
-                raise ConfigError(f"{name} {unknown[0]!r} is not known; known are {', '.join(known)}")
-        if self.variant is not None and self.model is None:
-            raise ConfigError("a variant is measured on its base model; name its directory with --model")
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A way to run the model."""
-
-    name: str
-    factors: tuple[LayerFactors, ...]
+        check_known("cache", self.caches, CACHES)
 
 
 @dataclass(frozen=True)
@@ -119,27 +63,6 @@ class Measured:
     prefill_s: float
     cache_bytes: int
     peak_bytes: int | None
-
-
-def random_contender(architecture: Architecture, method: str, kept: dict[Kind, float]) -> Contender:
-    """Random factors of a method's blocks and uniform ranks."""
-    generator = torch.Generator().manual_seed(0)
-
-    def factors(layer_idx: int, kind: Kind) -> Factors:
-        axes = METHODS[method].axes(layer_idx, kind)
-        partition = axes.partition(architecture)
-        rank = round(kept[kind] * partition.width / partition.rank_step) * partition.rank_step
-        total = rank * partition.num_blocks
-        up = torch.randn(partition.width, total, generator=generator) / partition.width**0.5
-        own_down = up.T.clone() if axes.reader == "interaction" else None
-        rotated = kind == "keys" and axes.rotated(architecture, layer_idx)
-        return Factors(partition, (rank,) * partition.num_blocks, up, own_down, None, rotated)
-
-    layers: tuple[LayerFactors, ...] = tuple(
-        {kind: factors(layer_idx, kind) for kind in KINDS} for layer_idx in range(architecture.num_layers)
-    )
-    shares = f"{kept['keys']:g}" if kept["keys"] == kept["values"] else f"{kept['keys']:g}/{kept['values']:g}"
-    return Contender(f"{method} {shares}", layers)
 
 
 def new_cache(model: PreTrainedModel, kind: str, num_tokens: int) -> Cache:
@@ -161,16 +84,6 @@ def filled_cache(
                 keys, values = project_down(keys, state, "keys"), project_down(values, state, "values")
             cache.update(keys, values, layer_idx)
     return cache
-
-
-@contextmanager
-def attached(model: PreTrainedModel, contender: Contender) -> Iterator[None]:
-    """The contender's factors on the model, if it has any."""
-    if not any(any(layer.values()) for layer in contender.factors):
-        yield
-        return
-    with Attachment(model, architecture_of(model.config), contender.factors).start():
-        yield
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -242,44 +155,6 @@ def measure(
     ]
 
 
-def bench_model(settings: Settings) -> PreTrainedModel:
-    """A model from a directory, or a random one of a named shape, on a GPU if there is one."""
-    dtype = getattr(torch, settings.dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if settings.model is not None:
-        return AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, device_map=device)
-    shape = dict(SHAPES[settings.shape])
-    if settings.num_layers is not None:
-        shape["num_hidden_layers"] = settings.num_layers
-    torch.manual_seed(0)
-    with torch.device(device):
-        return LlamaForCausalLM._from_config(LlamaConfig(**shape), dtype=dtype).eval()
-
-
-def contenders_of(model: PreTrainedModel, variant_dir: Path | None) -> list[Contender]:
-    """The untouched model and a variant of it, or one of each method with random factors."""
-    architecture = architecture_of(model.config)
-    untouched: LayerFactors = dict.fromkeys(KINDS)
-    found = [Contender(BASELINE, (untouched,) * architecture.num_layers)]
-    if variant_dir is not None:
-        variant = load_variant(variant_dir)
-        return [*found, Contender(f"{variant.method.name} {variant.kept_fraction:.2f}", variant.factors)]
-    return found + [
-        random_contender(architecture, method, {"keys": keys, "values": values})
-        for method, keys, values in CONTENDERS
-        if applies(METHODS[method], architecture)
-    ]
-
-
-def applies(method: Method, architecture: Architecture) -> bool:
-    """Whether a model can be compressed so; one without rotation has no frequencies."""
-    try:
-        method.check(architecture)
-    except ConfigError:
-        return False
-    return True
-
-
 def show(measured: Sequence[Measured]) -> Table:
     """Each setting's figures, over those of the untouched model."""
     table = Table(box=SIMPLE_HEAD)
@@ -330,17 +205,13 @@ def plot(measured: Sequence[Measured], path: Path) -> None:
     pyplot.close(figure)
 
 
-def main(settings: Settings, plot_path: Path | None) -> None:
+def main(subject: Subject, settings: Settings, plot_path: Path | None) -> None:
     """Print the table, and draw the plot if a path is given."""
     screen = console()
     with screen.status("loading"):
-        model = bench_model(settings)
-        contenders = contenders_of(model, settings.variant)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
-    what = settings.model or f"{settings.shape} with random weights"
-    screen.print(
-        f"{where}, torch {torch.__version__}, {what}, {model.config.num_hidden_layers} layers, {settings.dtype}"
-    )
+        model = bench_model(subject)
+        contenders = contenders_of(model, subject.variant)
+    screen.print(f"{subject}, {model.config.num_hidden_layers} layers, MLP {model.config.intermediate_size}")
     screen.print(
         f"token, prefill: median seconds for a token of every row, and to prefill {settings.prefill_tokens:,} tokens, "
         "over the untouched model's; its cache: of a token's, what comes on top of the time with nothing cached"

@@ -31,6 +31,12 @@ app.add_typer(bench, name="bench")
 ZooFile = Annotated[Path, typer.Argument(metavar="ZOO", help="The zoo file (YAML).")]
 Workdir = Annotated[Path, typer.Option(help="Holds finished steps, tables and the default MLflow store.")]
 WORKDIR = Path("lorc-work")
+BenchModel = Annotated[Path | None, typer.Option(help="A model's directory; else random weights of --shape.")]
+BenchVariant = Annotated[Path | None, typer.Option(help="One variant of it, instead of random factors.")]
+BenchShape = Annotated[str, typer.Option(help="small, or llama-3-8b.")]
+BenchLayers = Annotated[int | None, typer.Option(help="Fewer layers than the shape has.", min=1)]
+BenchMlp = Annotated[int | None, typer.Option(help="Another MLP size than the shape's.", min=1)]
+BenchDtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
 
 @app.callback()
@@ -162,11 +168,12 @@ def bench_svd() -> None:
 
 @bench.command("decode")
 def bench_decode(
-    model: Annotated[Path | None, typer.Option(help="A model's directory; else random weights of --shape.")] = None,
-    variant: Annotated[Path | None, typer.Option(help="One variant of it, instead of random factors.")] = None,
-    shape: Annotated[str, typer.Option(help="small, or llama-3-8b.")] = "small",
-    layers: Annotated[int | None, typer.Option(help="Fewer layers than the shape has.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    model: BenchModel = None,
+    variant: BenchVariant = None,
+    shape: BenchShape = "small",
+    layers: BenchLayers = None,
+    mlp: BenchMlp = None,
+    dtype: BenchDtype = "float32",
     cache: Annotated[list[str], typer.Option(help="static, growing, or both.")] = ["static", "growing"],  # noqa: B006
     context: Annotated[list[int], typer.Option(help="Cached tokens; give several for a curve.")] = [8192],  # noqa: B006
     batch_size: Annotated[list[int], typer.Option(help="Rows; give several to compare.")] = [1],  # noqa: B006
@@ -177,9 +184,27 @@ def bench_decode(
     """Tokens per second, prefill time and cache bytes of variants against the untouched model."""
     from jobs.bench_decode import Settings
     from jobs.bench_decode import main as bench_decode_main
+    from jobs.bench_models import Subject
 
-    settings = Settings(model, variant, shape, layers, dtype, cache, context, batch_size, tokens, prefill)
-    bench_decode_main(settings, plot)
+    subject = Subject(model, variant, shape, layers, mlp, dtype)
+    bench_decode_main(subject, Settings(cache, context, batch_size, tokens, prefill), plot)
+
+
+@bench.command("capacity")
+def bench_capacity(
+    model: BenchModel = None,
+    variant: BenchVariant = None,
+    shape: BenchShape = "small",
+    layers: BenchLayers = None,
+    mlp: BenchMlp = None,
+    dtype: BenchDtype = "bfloat16",
+    context: Annotated[int, typer.Option(help="Tokens that each row's cache holds.", min=1)] = 2048,
+) -> None:
+    """The largest batch that decodes on this GPU, of variants and of the untouched model, and its tokens per second."""
+    from jobs.bench_capacity import main as bench_capacity_main
+    from jobs.bench_models import Subject
+
+    bench_capacity_main(Subject(model, variant, shape, layers, mlp, dtype), context)
 
 
 @bench.command("calibrate")

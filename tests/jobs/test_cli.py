@@ -11,8 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs import bench_calibrate
-from jobs.bench_svd import accuracy_table, relative_error, weight_of_condition
 from jobs.cli import main
 from lorc_core.compression import compress
 from lorc_core.methods import METHODS
@@ -20,21 +18,6 @@ from lorc_core.variant import write_manifest
 from pipeline.registry import VARIANT_PATH, connect, find_version
 from tests.conftest import REPOSITORY, save_tiny_model, write_zoo
 from tests.pipeline.test_calibrated_run import write
-
-
-@pytest.fixture
-def lorc(monkeypatch, capsys):
-    """Run the command in this process; returns exit code, standard output and standard error."""
-
-    def lorc(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lorc", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return lorc
 
 
 @pytest.fixture
@@ -164,14 +147,6 @@ def test_generate_names_a_path_that_is_not_there(lorc, tmp_path):
     assert err == f"error: variant directory {tmp_path / 'nowhere'} does not exist\n"
 
 
-@pytest.fixture
-def variant_dir(tmp_path):
-    """A variant of a tiny model that is beside it."""
-    variant = compress(save_tiny_model("llama", tmp_path / "base"), "lorc", 0.5, "uniform")
-    variant.save(tmp_path / "variant")
-    return tmp_path / "variant"
-
-
 def test_export_then_generate_the_same_text_at_the_same_cost(lorc, variant_dir, tmp_path):
     code, out, err = lorc("export", variant_dir, tmp_path / "exported", "--workdir", tmp_path)
     assert (code, err) == (0, "")
@@ -296,14 +271,6 @@ def test_a_failed_model_gives_exit_code_1_and_the_others_finish(ray_cluster, lor
     assert len(list((tmp_path / "work" / "steps").glob("variant-*/manifest.json"))) == 2
 
 
-def test_bench_matrices_have_their_condition_and_errors_are_relative(capsys):
-    weight = weight_of_condition(24, 64, 1e4)
-    spectrum = torch.linalg.svdvals(weight)
-    assert (spectrum[0] / spectrum[-1]).item() == pytest.approx(1e4, rel=1e-9)
-    assert relative_error(spectrum * (1 + 1e-6), spectrum) == pytest.approx(1e-6, rel=1e-6)
-    assert accuracy_table(16, 32).row_count == 6
-
-
 def test_registered_details_are_the_zoos(registry):
     run = registry.get_run(registry.get_model_version("tiny-opt", "1").run_id)
     details = json.loads(run.data.tags["lorc.details"])
@@ -354,52 +321,3 @@ def test_spectrum_without_calibration_shows_what_weights_say(finished, lorc):
     assert code == 0
     assert "small-llama, lorc: 128 floats" in out
     assert "gap" not in out
-
-
-def test_bench_calibrate_prints_ratios(lorc, monkeypatch):
-    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
-    monkeypatch.setattr(bench_calibrate, "SHAPE", small | {"num_attention_heads": 4})
-    monkeypatch.setattr(bench_calibrate, "NUM_KV_HEADS", (2, 4))
-    monkeypatch.setattr(bench_calibrate, "SEQUENCE_TOKENS", 64)
-    monkeypatch.setattr(bench_calibrate, "peak_in_new_process", bench_calibrate.peak_bytes)
-    code, out, _ = lorc("bench", "calibrate")
-    assert code == 0
-    assert "times, float32" in out
-    assert "1,024" in out
-
-
-def test_bench_decode_measures_every_cache_and_draws(lorc, tmp_path):
-    """Half of the floats, but for the blocks that a cache which grows has to spare."""
-    plot = tmp_path / "decode.png"
-    options = ("--model", save_tiny_model("llama", tmp_path / "model"), "--tokens", 2, "--prefill", 8, "--plot", plot)
-    code, out, _ = lorc("bench", "decode", *options, "--context", 60, "--context", 500)
-    assert code == 0
-    rows = [line.split() for line in out.splitlines() if re.match(r" *(static|growing) ", line)]
-    assert len(rows) == 2 * 2 * 5
-    for row in rows:
-        of_whole = float(row[-2])
-        assert of_whole == (1.0 if row[3] == "untouched" else 0.5)
-    assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-def test_bench_decode_measures_a_variant_on_its_model(lorc, variant_dir, tmp_path):
-    base = json.loads((variant_dir / "lorc_config.json").read_text())["base"]["source"]
-    options = ("--variant", variant_dir, "--context", 40, "--tokens", 2, "--prefill", 8, "--cache", "static")
-    code, out, _ = lorc("bench", "decode", "--model", base, *options)
-    assert (code, out.count("static ")) == (0, 2)
-    code, _, err = lorc("bench", "decode", *options)
-    assert (code, err) == (2, "error: a variant is measured on its base model; name its directory with --model\n")
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "known"),
-    [
-        ("--shape", "llama-3", "small, llama-3-8b"),
-        ("--cache", "paged", "static, growing"),
-        ("--dtype", "int8", "float"),
-    ],
-)
-def test_bench_decode_names_what_it_knows(lorc, option, value, known):
-    code, _, err = lorc("bench", "decode", option, value)
-    assert code == 2
-    assert f"{option[2:]} {value!r} is not known; known are {known}" in err

@@ -1,0 +1,93 @@
+"""The benchmarks on small models: what they print and what they refuse; the figures themselves are nothing to test."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from jobs import bench_calibrate
+from jobs.bench_capacity import largest
+from jobs.bench_models import Subject, bench_model
+from jobs.bench_svd import accuracy_table, relative_error, weight_of_condition
+from tests.conftest import save_tiny_model
+
+
+def test_bench_matrices_have_their_condition_and_errors_are_relative():
+    weight = weight_of_condition(24, 64, 1e4)
+    spectrum = torch.linalg.svdvals(weight)
+    assert (spectrum[0] / spectrum[-1]).item() == pytest.approx(1e4, rel=1e-9)
+    assert relative_error(spectrum * (1 + 1e-6), spectrum) == pytest.approx(1e-6, rel=1e-6)
+    assert accuracy_table(16, 32).row_count == 6
+
+
+def test_bench_calibrate_prints_ratios(lorc, monkeypatch):
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    monkeypatch.setattr(bench_calibrate, "SHAPE", small | {"num_attention_heads": 4})
+    monkeypatch.setattr(bench_calibrate, "NUM_KV_HEADS", (2, 4))
+    monkeypatch.setattr(bench_calibrate, "SEQUENCE_TOKENS", 64)
+    monkeypatch.setattr(bench_calibrate, "peak_in_new_process", bench_calibrate.peak_bytes)
+    code, out, _ = lorc("bench", "calibrate")
+    assert code == 0
+    assert "times, float32" in out
+    assert "1,024" in out
+
+
+def test_bench_decode_measures_every_cache_and_draws(lorc, tmp_path):
+    """Half of the floats, but for the blocks that a cache which grows has to spare."""
+    plot = tmp_path / "decode.png"
+    options = ("--model", save_tiny_model("llama", tmp_path / "model"), "--tokens", 2, "--prefill", 8, "--plot", plot)
+    code, out, _ = lorc("bench", "decode", *options, "--context", 60, "--context", 500)
+    assert code == 0
+    rows = [line.split() for line in out.splitlines() if re.match(r" *(static|growing) ", line)]
+    assert len(rows) == 2 * 2 * 5
+    for row in rows:
+        of_whole = float(row[-2])
+        assert of_whole == (1.0 if row[3] == "untouched" else 0.5)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_decode_measures_a_variant_on_its_model(lorc, variant_dir, tmp_path):
+    base = json.loads((variant_dir / "lorc_config.json").read_text())["base"]["source"]
+    options = ("--variant", variant_dir, "--context", 40, "--tokens", 2, "--prefill", 8, "--cache", "static")
+    code, out, _ = lorc("bench", "decode", "--model", base, *options)
+    assert (code, out.count("static ")) == (0, 2)
+    code, _, err = lorc("bench", "decode", *options)
+    assert (code, err) == (2, "error: a variant is measured on its base model; name its directory with --model\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "known"),
+    [
+        ("--shape", "llama-3", "small, llama-3-8b"),
+        ("--cache", "paged", "static, growing"),
+        ("--dtype", "int8", "float32, bfloat16, float16"),
+    ],
+)
+def test_bench_decode_names_what_it_knows(lorc, option, value, known):
+    code, _, err = lorc("bench", "decode", option, value)
+    assert code == 2
+    assert f"{option[2:]} {value!r} is not known; known are {known}" in err
+
+
+def test_bench_model_takes_the_sizes_that_are_named():
+    config = bench_model(Subject(num_layers=1, intermediate_size=16)).config
+    assert (config.num_hidden_layers, config.intermediate_size, config.hidden_size) == (1, 16, 2048)
+
+
+def test_bench_decode_does_not_change_a_model_in_a_directory(lorc, tmp_path):
+    code, _, err = lorc("bench", "decode", "--model", tmp_path, "--mlp", 16)
+    assert (code, err) == (2, "error: --layers and --mlp change a named shape; a model in a directory has its own\n")
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 63, 64, 65, 1000])
+def test_largest_batch_is_the_last_that_fits_found_in_few_trials(most):
+    tried = []
+    assert largest(lambda batch_size: tried.append(batch_size) or batch_size <= most) == most
+    assert len(tried) == len(set(tried)) <= 2 * most.bit_length() + 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to fill")
+def test_bench_capacity_needs_a_gpu(lorc):
+    code, _, err = lorc("bench", "capacity")
+    assert (code, err) == (2, "error: bench capacity fills a GPU's memory, and there is none here; see bench decode\n")
