@@ -12,8 +12,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging as transformers_logging
 
 import lorc_core
-from lorc_core.checkpoint import model_directory
-from lorc_core.errors import ConfigError
+from lorc_core.errors import ArtifactError, ConfigError
+from lorc_core.loading import variant_and_base
 from lorc_core.plain_model import MODELS
 from lorc_core.standalone_config import PREFIX
 from lorc_core.variant import CONFIG_FILE
@@ -47,9 +47,16 @@ def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: Pat
 
 
 def is_exported(directory: Path) -> bool:
-    """Whether `lorc export` wrote the directory."""
+    """Whether `lorc export` wrote the directory; ArtifactError where its config.json is not a model's."""
     config = directory / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type", "").startswith(PREFIX)
+    if not config.is_file():
+        return False
+    try:
+        return str(json.loads(config.read_text())["model_type"]).startswith(PREFIX)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{config}: not a model's config ({error!r}); expected is a JSON object with a model_type"
+        ) from error
 
 
 def register_plain_models() -> None:
@@ -66,8 +73,7 @@ def load_reference(reference: str, workdir: Path) -> tuple[Any, Path]:
         return AutoModelForCausalLM.from_pretrained(reference, dtype="auto", device_map="auto"), Path(reference)
     with TemporaryDirectory() as scratch:
         directory, dtype = find_variant(reference, workdir, Path(scratch))
-        base = lorc_core.load_variant(directory).base
-        base_dir = model_directory(base.source, base.revision)
+        _, base_dir = variant_and_base(directory)
         return lorc_core.load(directory, base=base_dir, dtype=dtype, device_map="auto"), base_dir
 
 
