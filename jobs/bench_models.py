@@ -22,15 +22,15 @@ from lorc_core.variant import load_variant
 
 LLAMA_3 = {"vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 131072}
 SHAPES: dict[str, dict[str, Any]] = {
-    # 8 kv heads of 128 as in LLaMA-3, in layers as wide as TinyLlama's; the vocabulary is small, for a laptop's memory
+    # LLaMA-3's 8 kv heads of 128 and its rotation, in layers as wide as TinyLlama's, with few tokens, for a laptop
     "small": {
+        **LLAMA_3,
         "hidden_size": 2048,
         "intermediate_size": 5632,
         "num_hidden_layers": 4,
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
         "vocab_size": 4096,
-        "max_position_embeddings": 131072,
     },
     "llama-3-8b": {
         **LLAMA_3,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lorc_core.interpolation import Interpolation, slot_scores
 from lorc_core.latent_cache import Call, LayerState, Observed, in_pairs, rebuild
 from lorc_core.reading import mixed, rotated_scores, scores_of, turned, weighted
 from lorc_core.rotation import Rotation, rotate
@@ -118,9 +119,12 @@ def attention_over_latents(
     else:
         factors = state.projections.factors["keys"]
         assert factors is not None
-        new, cached = turns_of(state, call, query, key)
-        query = turned(in_pairs(query, state), new[:, None])
-        scores = rotated_scores(query, key, factors, state.projections.offsets["keys"], cached)
+        new, cached, slow = turns_of(state, call, query, key)
+        query, offset = turned(in_pairs(query, state), new[:, None]), state.projections.offsets["keys"]
+        if slow is None:
+            scores = rotated_scores(query, key, factors, offset, cached)
+        else:
+            scores = slot_scores(query, key, factors, offset, cached, slow)
     weights = weighted(scores, mask, asked.options.get("softcap"))
     attended = values.restore(mixed(weights, values.heads(value)))
     return attended.transpose(1, 2).contiguous(), weights if asked.underlying == "eager" else None
@@ -138,16 +142,17 @@ def filled(call: Call, asked: Asked) -> tuple[Float[Tensor, "b l s _"], Float[Te
 
 def turns_of(
     state: LayerState, call: Call, query: Float[Tensor, "b h q d"], key: Float[Tensor, "b 1 s _"]
-) -> tuple[Complex[Tensor, "#b q p"], Complex[Tensor, "#b s p"]]:
-    """The rotations of the new tokens and of all slots: by slots where only distances count, else by positions."""
+) -> tuple[Complex[Tensor, "#b q p"], Complex[Tensor, "#b s p"], Interpolation | None]:
+    """The turns of the new tokens and of all slots: by slots where only distances count, else by positions."""
     assert state.rotary is not None
     assert call.rotation is not None
     q_len, kv_len = query.shape[2], key.shape[2]
     if kv_len == q_len or not state.rotary.is_fixed:
-        return call.rotation.turns(), key_rotation(state, call, key, q_len).turns()
+        return call.rotation.turns(), key_rotation(state, call, key, q_len).turns(), None
     table = state.turns.at(state.rotary, query, call.first_slot + kv_len)
     own_slots = call.past + torch.arange(q_len, device=query.device)
-    return table[:, own_slots], table[:, call.first_slot : call.first_slot + kv_len]
+    cached = table.turns[:, call.first_slot : call.first_slot + kv_len]
+    return table.turns[:, own_slots], cached, table.slow
 
 
 def attention_over_states(

@@ -17,7 +17,8 @@ from lorc_core.architecture import KINDS, Kind
 from lorc_core.caches import check_fits
 from lorc_core.projection import Factors
 from lorc_core.reading import Reader, reader_of
-from lorc_core.rotation import LayerRotation, Rotation, RowPositions, SlotTurns
+from lorc_core.rotation import LayerRotation, Rotation, RowPositions
+from lorc_core.slot_turns import SlotTurns
 
 LayerFactors = dict[Kind, Factors | None]
 

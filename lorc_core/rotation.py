@@ -87,31 +87,6 @@ class LayerRotation:
         return self(inputs, kwargs["position_ids"])
 
 
-class SlotTurns:
-    """The rotations of all slots of a cache, as if slots were positions, kept from call to call.
-
-    Dot products of rotated queries and keys depend on the distance of their positions alone, and that is the distance
-    of their slots, so one table serves all layers, rows and calls. Each rotation has its own, told apart by its module
-    too, since `Rotary` does not compare frequencies; without a module they follow from what it does compare.
-    """
-
-    BLOCK = 1024  # slots; a table is computed anew when it has grown by so many
-
-    def __init__(self) -> None:
-        self._tables: dict[tuple[LayerRotation, torch.device, torch.dtype], Complex[Tensor, "1 s p"]] = {}
-
-    def at(self, rotation: LayerRotation, like: Float[Tensor, "b h q d"], num_slots: int) -> Complex[Tensor, "1 s p"]:
-        """The turns of slots 0 .. `num_slots` - 1 and some more."""
-        key = (rotation, like.device, torch.promote_types(like.dtype, torch.float32))
-        table = self._tables.get(key)
-        if table is None or table.shape[1] < num_slots:
-            length = -(-num_slots // self.BLOCK) * self.BLOCK
-            with torch.inference_mode(mode=False):  # it may serve training later
-                positions = torch.arange(length, device=like.device)[None]
-                self._tables[key] = table = rotation(torch.empty(0, device=key[1], dtype=key[2]), positions).turns()
-        return table
-
-
 class RowPositions:
     """Refuses positions from which those of cached keys could not be told.
 

@@ -23,7 +23,8 @@ from lorc_core.errors import ConfigError, UnsupportedModelError
 from lorc_core.latent_attention import STATE_ATTRIBUTE, latent_attention
 from lorc_core.latent_cache import Call, LatentCache, LayerFactors, LayerState, Observed
 from lorc_core.rebuilding import OwnAttention, RebuildingCache
-from lorc_core.rotation import LayerRotation, RowPositions, SlotTurns
+from lorc_core.rotation import LayerRotation, RowPositions
+from lorc_core.slot_turns import SlotTurns
 from lorc_core.variant import Variant
 
 PREFIX = "lorc_"

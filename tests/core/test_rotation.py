@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lorc_core.architecture import architecture_of
-from lorc_core.rotation import LayerRotation, SlotTurns
+from lorc_core.rotation import LayerRotation
+from lorc_core.slot_turns import SlotTurns
 from tests.core.families import CONFIGS, tiny_model
 
 VARYING = {"llama-dynamic", "phi3-longrope"}  # their angles change with the length of the text
@@ -32,7 +33,7 @@ def test_slot_tables_of_two_models_are_told_apart():
     like, slots, turns = torch.zeros(1, 1, 1, 8), torch.arange(SlotTurns.BLOCK)[None], SlotTurns()
     for rotation in (first, second):
         expected = rotation(like, slots).turns()
-        torch.testing.assert_close(turns.at(rotation, like, 3), expected, rtol=0, atol=0)
+        torch.testing.assert_close(turns.at(rotation, like, 3).turns, expected, rtol=0, atol=0)
     assert not torch.equal(first(like, slots).turns(), second(like, slots).turns())
 
 
