@@ -41,8 +41,9 @@ class Interpolation:
     first_pair: int
 
     def saves(self, query: Float[Tensor, "b h q d"], latents: Float[Tensor, "b 1 s k"], factors: Factors) -> bool:
-        """Whether it is faster than rebuilding: on a CPU, in float32, with one block and few rows of queries."""
-        if query.device.type != "cpu" or not query.dtype == latents.dtype == torch.float32 or len(factors.ranks) > 1:
+        """Whether it is faster than rebuilding: on a CPU, in float32, with a whole span, one block, few query rows."""
+        float32 = query.dtype == latents.dtype == torch.float32
+        if query.device.type != "cpu" or not float32 or latents.shape[2] < SPAN or len(factors.ranks) > 1:
             return False
         num_rows, fast = query.shape[1] * query.shape[2], 2 * self.first_pair
         absorbing = (query.shape[-1] - fast) / SPAN
@@ -80,11 +81,9 @@ def slot_scores(
     turns: Complex[Tensor, "1 s p"],
     slow: Interpolation,
 ) -> Float[Tensor, "b h q s"]:
-    """`rotated_scores` of slots in a row, with what interpolation saves; the last span, if not whole, is rebuilt."""
-    whole = latents.shape[2] // SPAN * SPAN if slow.saves(query, latents, factors) else 0
+    """`rotated_scores` of slots in a row; the last ones, where they are no whole span, are rebuilt."""
+    whole = latents.shape[2] // SPAN * SPAN
     rest = rotated_scores(query, latents[:, :, whole:], factors, offset, turns[:, whole:])
-    if not whole:
-        return rest
     rows = zip(query, latents[:, 0, :whole], strict=True)
     spans = [span_scores(*row, factors, offset, turns[0, :whole], slow) for row in rows]
     return torch.cat([torch.stack(spans), rest], dim=-1)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lorc_core.interpolation import Interpolation, slot_scores
+from lorc_core.interpolation import Interpolation
 from lorc_core.latent_cache import Call, LayerState, Observed, in_pairs, rebuild
-from lorc_core.reading import mixed, rotated_scores, scores_of, turned, weighted
+from lorc_core.reading import mixed, scores_of, turned, weighted
 from lorc_core.rotation import Rotation, rotate
+from lorc_core.score_choice import key_scores
 
 STATE_ATTRIBUTE = "_lorc_layer"
 # Implementations whose mathematics `weighted` has, and what they may be given that it has not.
@@ -120,11 +121,8 @@ def attention_over_latents(
         factors = state.projections.factors["keys"]
         assert factors is not None
         new, cached, slow = turns_of(state, call, query, key)
-        query, offset = turned(in_pairs(query, state), new[:, None]), state.projections.offsets["keys"]
-        if slow is None:
-            scores = rotated_scores(query, key, factors, offset, cached)
-        else:
-            scores = slot_scores(query, key, factors, offset, cached, slow)
+        query = turned(in_pairs(query, state), new[:, None])
+        scores = key_scores(query, key, factors, state.projections.offsets["keys"], cached, slow)
     weights = weighted(scores, mask, asked.options.get("softcap"))
     attended = values.restore(mixed(weights, values.heads(value)))
     return attended.transpose(1, 2).contiguous(), weights if asked.underlying == "eager" else None

@@ -63,7 +63,6 @@ def error(found, expected):
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("step_bytes", [1, 16 << 20])
 def test_interpolated_scores_are_those_of_rebuilt_keys(facts, about_turns, shifted, step_bytes, monkeypatch):
-    monkeypatch.setattr(interpolation, "MOST_WORK", 2)  # whatever it takes
     monkeypatch.setattr(interpolation, "STEP_BYTES", step_bytes)
     query, latents, factors, offset = case(**facts)
     given = (query, latents, factors, offset if shifted else None, turns_of_slots(**about_turns))
@@ -72,8 +71,7 @@ def test_interpolated_scores_are_those_of_rebuilt_keys(facts, about_turns, shift
     assert error(slot_scores(*given, slow), exact(*given)) < BOUND
 
 
-def test_scores_where_every_pair_is_slow(monkeypatch):
-    monkeypatch.setattr(interpolation, "MOST_WORK", 2)
+def test_scores_where_every_pair_is_slow():
     given = (*case(), torch.ones(1, SLOTS, HEAD_DIM // 2, dtype=torch.complex64))
     slow = interpolation_of(given[-1])
     assert slow.first_pair == 1
@@ -101,6 +99,7 @@ def test_interpolation_is_left_where_it_saves_nothing():
     assert slow.saves(query, latents, factors)
     assert not slow.saves(query.bfloat16(), latents.bfloat16(), factors)
     assert not slow.saves(query.double(), latents.double(), factors)
+    assert not slow.saves(query, latents[:, :, : SPAN - 1], factors)
     assert not slow.saves(query.expand(-1, -1, 4, -1), latents, factors)  # as many products as keys have
     halves = Factors(Partition("group(2)", HEADS, HEAD_DIM), (20, 20), random(2 * HEAD_DIM, 40), None, None)
     assert not slow.saves(query, latents, halves)

@@ -1,0 +1,194 @@
+"""The kernel that rebuilds, rotates and scores keys, against the function that does so with torch, in float32.
+
+It runs in Triton's interpreter, in a process of its own: Triton decides at import what its functions are. It is compiled
+too, which takes no GPU: the interpreter lets pass what the compiler refuses, and Triton 3.7.1's multiplies bfloat16 as
+if it were integers. On a GPU all of it is in tests/gpu.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from lorc_core.blocks import Partition
+from lorc_core.projection import Factors
+from lorc_core.reading import rotated_scores
+from lorc_core.score_choice import FASTER, MAX_DIFFERENCE, can_fuse, key_scores, relative_difference
+
+pytest.importorskip("triton", reason="Triton is made for Linux alone")
+
+# Of the largest score. Worst of 40 seeds of every case: 7.4e-7 in float32, 6.0e-4 in float16.
+BOUNDS = {torch.float32: 3e-6, torch.float16: 2.4e-3}
+BATCH_SIZE, CACHED = 2, 150  # not a whole number of tiles
+
+
+@dataclass(frozen=True)
+class Case:
+    """Grouped queries and an offset, one rotation for all rows of the batch, every pair of channels turned."""
+
+    num_heads: int = 6
+    num_kv_heads: int = 2
+    head_dim: int = 20
+    block: str = "joint"
+    ranks: tuple[int, ...] = (37,)
+    num_new: int = 2
+    num_turned: int | None = None
+    has_offset: bool = True
+    num_turns: int = 1
+    dtype: torch.dtype = torch.float32
+
+    def arguments(self, seed=0):
+        """Latents are a part of a longer cache, and turns of a longer table."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape):
+            return torch.randn(shape, generator=generator).to(self.dtype)
+
+        partition, rank = Partition(self.block, self.num_kv_heads, self.head_dim), sum(self.ranks)
+        factors = Factors(partition, self.ranks, random(partition.width, rank), None, None)
+        query = random(BATCH_SIZE, self.num_heads, self.num_new, self.head_dim)
+        latents = random(BATCH_SIZE, 1, CACHED + 9, rank)[:, :, 5 : CACHED + 5]
+        offset = random(partition.kv_width) if self.has_offset else None
+        angles = torch.randn(self.num_turns, CACHED + 9, self.num_turned or self.head_dim // 2, generator=generator)
+        return query, latents, factors, offset, torch.polar(torch.ones(()), angles)[:, 3 : CACHED + 3]
+
+
+CASES = {
+    "grouped queries": Case(),
+    "as many heads": Case(num_heads=2, num_new=1),
+    "one kv head, two tiles of rows": Case(num_heads=12, num_kv_heads=1, num_new=3),
+    "small heads": Case(head_dim=8, ranks=(5,)),
+    "heads of 128, many tiles of ranks": Case(head_dim=128, ranks=(80,)),
+    "no offset": Case(has_offset=False),
+    "a part of the channels turned": Case(num_turned=6),
+    "turns of every row": Case(num_turns=BATCH_SIZE),
+    "groups of one rank": Case(num_heads=8, num_kv_heads=4, block="group(2)", ranks=(32, 32)),
+    "groups of two ranks": Case(num_heads=8, num_kv_heads=4, block="group(2)", ranks=(7, 40)),
+    "a group without a rank": Case(num_heads=8, num_kv_heads=4, block="group(2)", ranks=(9, 0)),
+    "heads apart": Case(block="head", ranks=(12, 12)),
+    "half precision": Case(dtype=torch.float16),
+    "half precision, groups": Case(num_kv_heads=4, num_heads=8, block="group(2)", ranks=(70, 9), dtype=torch.float16),
+}
+INTERPRETED = """
+import sys, torch
+from lorc_core.fused_scores import fused_rotated_scores
+cases = torch.load(sys.argv[1], weights_only=False)
+torch.save({name: fused_rotated_scores(*arguments) for name, arguments in cases.items()}, sys.argv[2])
+"""
+
+
+def interpreted(cases, directory):
+    """The kernel's scores of every case."""
+    torch.save(cases, directory / "cases.pt")
+    command = [sys.executable, "-c", INTERPRETED, str(directory / "cases.pt"), str(directory / "scores.pt")]
+    subprocess.run(command, check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    return torch.load(directory / "scores.pt")
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory):
+    return interpreted({name: case.arguments() for name, case in CASES.items()}, tmp_path_factory.mktemp("fused"))
+
+
+def in_float32(query, latents, factors, offset, turns):
+    offset = None if offset is None else offset.float()
+    return query.float(), latents.float(), factors.to("cpu", torch.float32), offset, turns
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fused_scores_are_those_of_rebuilt_and_rotated_keys(name, fused):
+    expected = rotated_scores(*in_float32(*CASES[name].arguments()))
+    assert fused[name].dtype == CASES[name].dtype
+    assert relative_difference(fused[name], expected) < BOUNDS[CASES[name].dtype]
+
+
+@pytest.mark.parametrize("name", ["grouped queries", "half precision"])
+def test_the_controls_are_seen(name, fused):
+    query, latents, factors, offset, turns = in_float32(*CASES[name].arguments())
+    apart = torch.arange(CASES[name].head_dim).view(2, -1).T.flatten()  # pairs of channels half a head apart
+    by_head = offset.unflatten(0, (-1, len(apart)))[:, apart].flatten()
+    wrong = {
+        "no offset": rotated_scores(query, latents, factors, None, turns),
+        "the next slot's turn": rotated_scores(query, latents, factors, offset, turns.roll(-1, dims=1)),
+        "other pairs": rotated_scores(query[..., apart], latents, factors.reordered(apart), by_head, turns),
+    }
+    for expected in wrong.values():
+        assert relative_difference(fused[name], expected) > 0.1
+
+
+def compiled(case, capability):
+    """The kernel for a GPU of that compute capability: its assembly."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lorc_core.fused_scores import kernel_arguments, score_kernel
+
+    query, *others = case.arguments()
+    scores = query.new_empty(*query.shape[:3], CACHED)
+    arguments, constants = kernel_arguments(query, *others, scores)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+    signature, known, facts = dict.fromkeys(constants, "constexpr"), dict(constants), {}
+    for position, (name, given) in enumerate(zip(score_kernel.arg_names, arguments, strict=False)):
+        if given is None or (isinstance(given, int) and given == 1):  # Triton compiles for these
+            signature[name], known[name] = "constexpr", given
+            continue
+        signature[name] = "i32" if isinstance(given, int) else names[given.dtype]
+        if not isinstance(given, int) or given % 16 == 0:
+            facts[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(score_kernel, signature, known, facts)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernel_compiles_to_tensor_cores_but_for_float32(capability, dtype, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assembly = compiled(Case(head_dim=128, ranks=(512,), num_turned=32, dtype=dtype), capability)
+    products = "wgmma.mma_async" if capability == 90 else "mma.sync"
+    assert (products in assembly) == (dtype != torch.float32)
+
+
+def test_latents_are_copied_sixteen_bytes_at_a_time_where_ranks_allow_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    case = Case(num_kv_heads=4, num_heads=8, head_dim=64, block="group(2)", ranks=(96, 32), dtype=torch.bfloat16)
+    of_sixteen_bytes = "cp.async.cg.shared.global"
+    assert of_sixteen_bytes in compiled(case, 80)
+    assert of_sixteen_bytes not in compiled(replace(case, ranks=(95, 31)), 80)
+
+
+def test_what_the_kernel_does_not_know_is_left_to_torch():
+    query, latents, factors, _, turns = Case().arguments()
+    assert can_fuse(query, latents, factors, turns)
+    frequency = replace(factors, partition=Partition("frequency", 2, 20))
+    wide, odd = (Case(head_dim=head_dim, num_turned=2).arguments() for head_dim in (258, 9))
+    for refused in (
+        (query, latents, frequency, turns),
+        (query.double(), latents.double(), factors.to("cpu", torch.float64), turns),
+        (query.half(), latents, factors, turns),
+        (query, latents, factors.to("cpu", torch.float16), turns),
+        (query, latents, factors, turns.to(torch.complex128)),
+        (query, latents[:, :, :0], factors, turns[:, :0]),
+        (*wide[:3], wide[4]),
+        (*odd[:3], odd[4]),
+    ):
+        assert not can_fuse(*refused)
+
+
+@torch.no_grad()
+def test_on_a_cpu_nothing_is_timed():
+    arguments = Case().arguments()
+    assert torch.equal(key_scores(*arguments, None), rotated_scores(*arguments))
+    assert FASTER == {}
+
+
+@pytest.mark.parametrize("dtype", MAX_DIFFERENCE)
+def test_scores_that_are_not_numbers_or_are_others_do_not_agree(dtype):
+    scores = torch.arange(1, 9, dtype=dtype).view(1, 2, 1, 4)
+    assert relative_difference(scores, scores) == 0
+    for wrong in (scores.roll(1), scores.where(scores != 3, torch.nan), scores.where(scores != 3, torch.inf)):
+        assert not relative_difference(wrong, scores) <= MAX_DIFFERENCE[dtype]
