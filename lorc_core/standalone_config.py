@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lorc_core.architecture import FAMILIES, KINDS, Architecture, Kind
+from lorc_core.architecture import KINDS, Architecture, Kind
 from lorc_core.errors import ArtifactError
+from lorc_core.families import FAMILIES
 
 PREFIX = "lorc_"
 SCHEMA_VERSION = 1

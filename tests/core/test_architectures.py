@@ -19,11 +19,12 @@ from transformers.models.cohere import modeling_cohere
 from transformers.models.phi3 import modeling_phi3
 
 import lorc_core
-from lorc_core.architecture import FAMILIES, KINDS, REASONS, Architecture, architecture_of
+from lorc_core.architecture import KINDS, Architecture, architecture_of
 from lorc_core.calibration import calibrate
 from lorc_core.checkpoint import Checkpoint
 from lorc_core.compression import LoadedWeights, decompose_layer
 from lorc_core.errors import ConfigError, UnsupportedModelError
+from lorc_core.families import FAMILIES, REASONS
 from lorc_core.latent_attention import key_rotation, turns_of
 from lorc_core.methods import METHODS, Axes
 from lorc_core.moments import moments_of, position_average, projected_input
