@@ -12,8 +12,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging as transformers_logging
 
 import lorc_core
-from lorc_core.checkpoint import model_directory
 from lorc_core.errors import ConfigError
+from lorc_core.loading import variant_and_base
 from lorc_core.plain_model import MODELS
 from lorc_core.standalone_config import PREFIX
 from lorc_core.variant import CONFIG_FILE
@@ -66,8 +66,7 @@ def load_reference(reference: str, workdir: Path) -> tuple[Any, Path]:
         return AutoModelForCausalLM.from_pretrained(reference, dtype="auto", device_map="auto"), Path(reference)
     with TemporaryDirectory() as scratch:
         directory, dtype = find_variant(reference, workdir, Path(scratch))
-        base = lorc_core.load_variant(directory).base
-        base_dir = model_directory(base.source, base.revision)
+        _, base_dir = variant_and_base(directory)
         return lorc_core.load(directory, base=base_dir, dtype=dtype, device_map="auto"), base_dir
 
 

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from lorc_core.adapters import adapted_modules
 from lorc_core.architecture import KINDS, PROJECTION_OF, Architecture, Kind
-from lorc_core.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, model_directory
+from lorc_core.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from lorc_core.errors import ConfigError
 from lorc_core.folding import Folded, fold
-from lorc_core.loading import check_base
+from lorc_core.loading import check_base, variant_and_base
 from lorc_core.projection import Factors
 from lorc_core.standalone import factors_name, model_class
 from lorc_core.standalone_config import PREFIX, SCHEMA_VERSION, SETTINGS, StoredFactors, config_class
-from lorc_core.variant import Variant, load_variant
+from lorc_core.variant import Variant
 
 SHIM_FILE = "modeling_lorc.py"
 # Beside the weights: tokenizer, generation settings, chat template, licence. Never another checkpoint or pickles.
@@ -73,11 +73,7 @@ def open_variant(variant_dir: Path | str, directory: Path, base: Path | str | No
     """The variant and its base model, looked at before anything is written; see `export_variant`."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory}: exists and is not empty; name a new directory")
-    variant = load_variant(variant_dir)
-    source = str(Path(base).resolve()) if base is not None else variant.base.source
-    if not source:
-        raise ConfigError(f"{variant_dir}: made from a model in memory, so name its base model with base=")
-    base_dir = model_directory(source, None if base is not None else variant.base.revision)
+    variant, base_dir = variant_and_base(variant_dir, base)
     check_base(base_dir, variant)
     return Plan.of(variant, base_dir)
 

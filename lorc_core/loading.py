@@ -26,15 +26,21 @@ def load(variant_dir: Path | str, *, base: Path | str | None = None, **from_pret
         ArtifactError: The variant is unfinished, altered or of another schema, or the base is another model.
         ConfigError: The variant does not know where its base is, or it is not there, and `base` is absent.
     """
-    variant = load_variant(variant_dir)
-    source = str(Path(base).resolve()) if base is not None else variant.base.source
-    if not source:
-        raise ConfigError(f"{variant_dir}: made from a model in memory, so name its base model with base=")
-    directory = model_directory(source, None if base is not None else variant.base.revision)
+    variant, directory = variant_and_base(variant_dir, base)
     check_base(directory, variant)
     model = AutoModelForCausalLM.from_pretrained(directory, **from_pretrained_kwargs)
     attach(model, variant)
     return model
+
+
+def variant_and_base(variant_dir: Path | str, base: Path | str | None = None) -> tuple[Variant, Path]:
+    """A variant and the directory of its base model, as `load` finds them; `check_base` says whether it is the one."""
+    variant = load_variant(variant_dir)
+    if base is not None:
+        return variant, model_directory(str(Path(base).resolve()), None)
+    if not variant.base.source:
+        raise ConfigError(f"{variant_dir}: made from a model in memory, so name its base model with base=")
+    return variant, model_directory(variant.base.source, variant.base.revision)
 
 
 def check_base(directory: Path, variant: Variant) -> None:

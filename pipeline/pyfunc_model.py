@@ -11,12 +11,13 @@ class CompressedModel(PythonModel):
         from transformers import AutoTokenizer
 
         import lorc_core
+        from lorc_core.loading import variant_and_base
 
         directory = context.artifacts["variant"]
         trusted = context.model_config["trust_remote_code"]
-        self.model = lorc_core.load(directory, dtype="auto", trust_remote_code=trusted)
-        source = lorc_core.load_variant(directory).base.source
-        self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
+        _, base_dir = variant_and_base(directory)  # of a hub model the revision that was compressed, with its tokenizer
+        self.model = lorc_core.load(directory, base=base_dir, dtype="auto", trust_remote_code=trusted)
+        self.tokenizer = AutoTokenizer.from_pretrained(base_dir, trust_remote_code=trusted)
 
     def predict(self, context: PythonModelContext, model_input: list[str], params: dict | None = None) -> list[str]:
         """One continuation per prompt; `params` go to `generate`."""

@@ -12,9 +12,8 @@ from uuid import uuid4
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from lorc_core.checkpoint import model_directory
 from lorc_core.errors import LorcError
-from lorc_core.variant import load_variant
+from lorc_core.loading import variant_and_base
 from pipeline.registry import champions, connect, fetch_files, read_version
 from pipeline.runner import run_steps
 from pipeline.steps import ModelLoad, Need, Outcome, Step, Store
@@ -113,8 +112,7 @@ def regress_step(client: MlflowClient, version: ModelVersion, started_at: str, d
     """
     registered = read_version(client, version)
     variant_dir, evaluation_dir = fetch_files(client, registered, directory)
-    base = load_variant(variant_dir).base
-    model_dir = model_directory(base.source, base.revision)
+    _, model_dir = variant_and_base(variant_dir)
     details = registered.details
     resources = Resources.model_validate(details["resources"])
     return Step(
