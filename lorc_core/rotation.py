@@ -67,7 +67,9 @@ class LayerRotation:
     @property
     def is_fixed(self) -> bool:
         """Whether the angles depend on the position alone, not on the length of the text."""
-        kind = getattr(self.module, "rope_type", "default")
+        if self.module is None:
+            return True
+        kind: Any = self.module.rope_type
         return (kind if isinstance(kind, str) else kind[self.rotary.layer_type]) not in ("dynamic", "longrope")
 
     def pair_order(self, head_dim: int) -> Int[Tensor, " d"] | None:
@@ -89,17 +91,18 @@ class SlotTurns:
     """The rotations of all slots of a cache, as if slots were positions, kept from call to call.
 
     Dot products of rotated queries and keys depend on the distance of their positions alone, and that is the distance
-    of their slots, so one table serves all layers, rows and calls.
+    of their slots, so one table serves all layers, rows and calls. Each rotation has its own, told apart by its module
+    too, since `Rotary` does not compare frequencies; without a module they follow from what it does compare.
     """
 
     BLOCK = 1024  # slots; a table is computed anew when it has grown by so many
 
     def __init__(self) -> None:
-        self._tables: dict[tuple[Rotary, torch.device, torch.dtype], Complex[Tensor, "1 s p"]] = {}
+        self._tables: dict[tuple[LayerRotation, torch.device, torch.dtype], Complex[Tensor, "1 s p"]] = {}
 
     def at(self, rotation: LayerRotation, like: Float[Tensor, "b h q d"], num_slots: int) -> Complex[Tensor, "1 s p"]:
         """The turns of slots 0 .. `num_slots` - 1 and some more."""
-        key = (rotation.rotary, like.device, torch.promote_types(like.dtype, torch.float32))
+        key = (rotation, like.device, torch.promote_types(like.dtype, torch.float32))
         table = self._tables.get(key)
         if table is None or table.shape[1] < num_slots:
             length = -(-num_slots // self.BLOCK) * self.BLOCK
