@@ -12,7 +12,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging as transformers_logging
 
 import lorc_core
-from lorc_core.errors import ConfigError
+from lorc_core.errors import ArtifactError, ConfigError
 from lorc_core.loading import variant_and_base
 from lorc_core.plain_model import MODELS
 from lorc_core.standalone_config import PREFIX
@@ -47,9 +47,16 @@ def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: Pat
 
 
 def is_exported(directory: Path) -> bool:
-    """Whether `lorc export` wrote the directory."""
+    """Whether `lorc export` wrote the directory; ArtifactError where its config.json is not a model's."""
     config = directory / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type", "").startswith(PREFIX)
+    if not config.is_file():
+        return False
+    try:
+        return str(json.loads(config.read_text())["model_type"]).startswith(PREFIX)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{config}: not a model's config ({error!r}); expected is a JSON object with a model_type"
+        ) from error
 
 
 def register_plain_models() -> None:

@@ -164,6 +164,15 @@ def test_generate_names_a_path_that_is_not_there(lorc, tmp_path):
     assert err == f"error: variant directory {tmp_path / 'nowhere'} does not exist\n"
 
 
+@pytest.mark.parametrize("content", [b'{"model_type": "lorc_ll', b"\xff\xfe", b"[]", b'{"lorc": {}}'])
+def test_generate_tells_a_broken_config(lorc, tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    code, out, err = lorc("generate", tmp_path, "x", "--workdir", tmp_path)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {tmp_path / 'config.json'}: not a model's config (")
+    assert err.endswith("; expected is a JSON object with a model_type\n")
+
+
 @pytest.fixture
 def variant_dir(tmp_path):
     """A variant of a tiny model that is beside it."""
