@@ -155,13 +155,16 @@ PlainQwen3Config = plain_config(Qwen3Config)
 PlainSmolLM3Config = plain_config(SmolLM3Config)
 
 
-class PlainLlamaAttention(PlainAttention, LlamaAttention):  # type: ignore[misc]  # its keywords are typed
-    pass
+def plain_attention(base: type[nn.Module]) -> type[nn.Module]:
+    """The attention class of a plain model that differs from others in its base alone."""
+    return type(f"Plain{base.__name__}", (PlainAttention, base), {"__module__": __name__})
 
 
-class PlainLlamaForCausalLM(PlainModel, LlamaForCausalLM):
-    config_class = PlainLlamaConfig
-    attention_class = PlainLlamaAttention
+PlainGraniteAttention = plain_attention(GraniteAttention)
+PlainLlamaAttention = plain_attention(LlamaAttention)
+PlainQwen2Attention = plain_attention(Qwen2Attention)
+PlainQwen3Attention = plain_attention(Qwen3Attention)
+PlainSmolLM3Attention = plain_attention(SmolLM3Attention)
 
 
 class PlainMistralAttention(PlainAttention, MistralAttention):
@@ -170,55 +173,9 @@ class PlainMistralAttention(PlainAttention, MistralAttention):
         self.sliding_window = config.sliding_window
 
 
-class PlainMistralForCausalLM(PlainModel, MistralForCausalLM):
-    config_class = PlainMistralConfig
-    attention_class = PlainMistralAttention
-
-
-class PlainQwen2Attention(PlainAttention, Qwen2Attention):
-    pass
-
-
-class PlainQwen2ForCausalLM(PlainModel, Qwen2ForCausalLM):
-    config_class = PlainQwen2Config
-    attention_class = PlainQwen2Attention
-
-
-class PlainQwen3Attention(PlainAttention, Qwen3Attention):
-    pass
-
-
-class PlainQwen3ForCausalLM(PlainModel, Qwen3ForCausalLM):
-    config_class = PlainQwen3Config
-    attention_class = PlainQwen3Attention
-
-
 class PlainOlmo2Attention(PlainAttention, Olmo2Attention):
     rotate = staticmethod(olmo2_rotary_pos_emb)
     norms_all_heads = True
-
-
-class PlainOlmo2ForCausalLM(PlainModel, Olmo2ForCausalLM):
-    config_class = PlainOlmo2Config
-    attention_class = PlainOlmo2Attention
-
-
-class PlainGraniteAttention(PlainAttention, GraniteAttention):  # type: ignore[misc]  # its keywords are typed
-    pass
-
-
-class PlainGraniteForCausalLM(PlainModel, GraniteForCausalLM):
-    config_class = PlainGraniteConfig
-    attention_class = PlainGraniteAttention
-
-
-class PlainSmolLM3Attention(PlainAttention, SmolLM3Attention):
-    pass
-
-
-class PlainSmolLM3ForCausalLM(PlainModel, SmolLM3ForCausalLM):
-    config_class = PlainSmolLM3Config
-    attention_class = PlainSmolLM3Attention
 
 
 class PlainOPTAttention(OPTAttention):
@@ -233,10 +190,22 @@ class PlainOPTAttention(OPTAttention):
         self.out_proj = nn.Linear(width, self.embed_dim, config.lorc_plain["output_bias"])
 
 
-class PlainOPTForCausalLM(PlainModel, OPTForCausalLM):
-    config_class = PlainOPTConfig
-    attention_class = PlainOPTAttention
+def plain_model(
+    base: type[PreTrainedModel], config: type[PreTrainedConfig], attention: type[nn.Module]
+) -> type[PlainModel]:
+    """The class of a plain model; a checkpoint's `auto_map` finds it, and its config's, by name in this file."""
+    names = {"config_class": config, "attention_class": attention, "__module__": __name__}
+    return type(f"Plain{base.__name__}", (PlainModel, base), names)
 
+
+PlainGraniteForCausalLM = plain_model(GraniteForCausalLM, PlainGraniteConfig, PlainGraniteAttention)
+PlainLlamaForCausalLM = plain_model(LlamaForCausalLM, PlainLlamaConfig, PlainLlamaAttention)
+PlainMistralForCausalLM = plain_model(MistralForCausalLM, PlainMistralConfig, PlainMistralAttention)
+PlainOlmo2ForCausalLM = plain_model(Olmo2ForCausalLM, PlainOlmo2Config, PlainOlmo2Attention)
+PlainOPTForCausalLM = plain_model(OPTForCausalLM, PlainOPTConfig, PlainOPTAttention)
+PlainQwen2ForCausalLM = plain_model(Qwen2ForCausalLM, PlainQwen2Config, PlainQwen2Attention)
+PlainQwen3ForCausalLM = plain_model(Qwen3ForCausalLM, PlainQwen3Config, PlainQwen3Attention)
+PlainSmolLM3ForCausalLM = plain_model(SmolLM3ForCausalLM, PlainSmolLM3Config, PlainSmolLM3Attention)
 
 MODELS: dict[str, type[PlainModel]] = {
     model.config_class.model_type: model
