@@ -10,10 +10,10 @@ import torch
 from lorc_core.architecture import KINDS, Kind
 from lorc_core.bounds import k_svd_gaps
 from lorc_core.checkpoint import Checkpoint
+from lorc_core.curves import error_at
 from lorc_core.errors import ConfigError
 from lorc_core.methods import METHODS, Axes
 from lorc_core.moments import moments_of
-from lorc_core.schedule import error_at
 from lorc_core.spectra import Energies
 from pipeline.artifacts import load_moments, load_probes, load_ranks, load_spectra
 from pipeline.graph import ModelSteps, calibrated_steps, decompose_steps, probe_step

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lorc_core.architecture import KINDS, Architecture, Kind
+from lorc_core.budgets import fit_bytes
 from lorc_core.calibration import calibrate as core_calibrate
 from lorc_core.calibration import load_tokenizer
 from lorc_core.checkpoint import Checkpoint
@@ -31,7 +32,7 @@ from lorc_core.methods import Axes, Reader, Training, method_from_dict
 from lorc_core.probes import Exchange, attention_errors, fisher_information, loss_curves
 from lorc_core.projection import layer_spectrum
 from lorc_core.runtime import attach
-from lorc_core.schedule import Probe, Sensitivity, fit_bytes, schedule_from_dict
+from lorc_core.schedule import Probe, Sensitivity, schedule_from_dict
 from lorc_core.spectra import Probes, RankSchedule
 from lorc_core.training import Trainer, rotated_decomposition
 from lorc_core.variant import MANIFEST_FILE, BaseModel, Variant, load_variant
@@ -158,9 +159,10 @@ def schedule(
     probes: Path | None = None,
 ) -> None:
     """The aggregator: ranks for every layer from the spectra of all."""
-    chosen, spectra = schedule_from_dict(schedule), load_spectra(layers)
+    chosen = schedule_from_dict(schedule)
+    ranks_at = partial(chosen.ranks, load_spectra(layers), probes=load_probes(probes))
     if kept_fraction is not None:
-        ranks = chosen.ranks(spectra, kept_fraction, load_probes(probes))
+        ranks = ranks_at(kept_fraction)
     else:
         assert budget is not None
         method, shape = method_from_dict(budget["method"]), Architecture.from_dict(architecture)
@@ -169,7 +171,7 @@ def schedule(
             floats = found.floats_per_token * budget["tokens"] + planned_factor_floats(found, method, shape)
             return floats * budget["element_bytes"]
 
-        ranks = fit_bytes(chosen, spectra, load_probes(probes), needed_bytes, budget["memory_bytes"])
+        ranks = fit_bytes(ranks_at, needed_bytes, budget_bytes=budget["memory_bytes"], name=chosen.name)
     save_ranks(output, ranks)
 
 
