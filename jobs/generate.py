@@ -17,7 +17,7 @@ from lorc_core.loading import variant_and_base
 from lorc_core.plain_model import MODELS
 from lorc_core.standalone_config import PREFIX
 from lorc_core.variant import CONFIG_FILE
-from pipeline.graph import default_tracking_uri
+from pipeline.tracking import default_tracking_uri
 
 
 def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: Path) -> int:

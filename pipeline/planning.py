@@ -10,9 +10,11 @@ from lorc_core.memory import bytes_per_token, full_floats_per_token, planned_fac
 from lorc_core.schedule import Uniform
 from lorc_core.spectra import KindSpectrum, LayerSpectrum
 from pipeline.evaluation import DTYPES, device_plan
-from pipeline.graph import GIB, default_tracking_uri, model_steps
+from pipeline.graph import model_steps
+from pipeline.limits import GIB
 from pipeline.models import config_for_planning, resolve
 from pipeline.steps import Store, distinct
+from pipeline.tracking import default_tracking_uri
 from pipeline.zoo import ModelEntry, VariantEntry, Zoo, variant_label
 from pipeline.zoo_run import wanted_steps
 

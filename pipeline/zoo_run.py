@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from lorc_core.errors import LorcError
-from pipeline.graph import ModelSteps, default_tracking_uri, model_steps
+from pipeline.graph import ModelSteps, model_steps
 from pipeline.models import resolve
 from pipeline.steps import Milestone, Outcome, Step, Store, cached_outcomes, distinct
 from pipeline.tables import collect, replace_table, rows_table
+from pipeline.tracking import default_tracking_uri
 from pipeline.zoo import Zoo
 
 Until = Literal["compress", "evaluate", "register"]
