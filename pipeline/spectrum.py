@@ -180,6 +180,6 @@ def layer_choices(
     floats = kept_fraction * len(KINDS) * model.model.architecture.kv_width
     choices = []
     for layer_idx in range(model.model.architecture.num_layers if levels else 0):
-        errors = {name: error_at(found.errors[layer_idx], floats) for name, found in levels.items() if found}
+        errors = {name: error_at(found.errors[layer_idx], floats) for name, found in levels.items()}
         choices.append(LayerChoice(layer_idx, tuple(sorted(errors.items(), key=lambda pair: pair[1]))))
     return tuple(choices)

@@ -160,7 +160,8 @@ def schedule(
 ) -> None:
     """The aggregator: ranks for every layer from the spectra of all."""
     chosen = schedule_from_dict(schedule)
-    ranks_at = partial(chosen.ranks, load_spectra(layers), probes=load_probes(probes))
+    measured = None if probes is None else load_probes(probes)
+    ranks_at = partial(chosen.ranks, load_spectra(layers), probes=measured)
     if kept_fraction is not None:
         ranks = ranks_at(kept_fraction)
     else:
@@ -267,7 +268,7 @@ def evaluate(
             pinned = load_windows([directory])
             started = time.perf_counter()
             per_window, bytes_per_token = window_losses(model, pinned, batch_size)
-            elapsed = time.perf_counter() - started
+            elapsed_s = time.perf_counter() - started
             losses += [{"text": name, "window": idx, "loss": loss} for idx, loss in enumerate(per_window.tolist())]
             scores.append(
                 {
@@ -278,7 +279,7 @@ def evaluate(
                     "scored_tokens": pinned.shape[0] * (pinned.shape[1] - 1),
                     "bytes_per_token": bytes_per_token,
                     "factor_bytes": factors * model.dtype.itemsize,
-                    "eval_s": elapsed,
+                    "eval_s": elapsed_s,
                 }
             )
     write_table(output, "scores", scores)
@@ -310,14 +311,14 @@ def regress(
     """Score a registered variant again on its pinned tokens and compare with its registered scores."""
     found = load_variant(variant_dir)
     check_base(Path(model_dir), found)
+    scores = {row["text"]: row for row in read_rows(Path(evaluation_dir), "scores")}
     rows = []
     with attach(model, found):
         for text in text_names:
             pinned = np.load(Path(evaluation_dir) / f"{text}.npy")
             per_window, bytes_per_token = window_losses(model, pinned, batch_size)
-            registered = next(row for row in read_rows(Path(evaluation_dir), "scores") if row["text"] == text)
             rise = paired_rise(losses_of(Path(evaluation_dir), text), per_window)
-            grew = bytes_per_token > registered["bytes_per_token"]
+            registered_bytes = scores[text]["bytes_per_token"]
             rows.append(
                 {
                     "name": name,
@@ -327,9 +328,9 @@ def regress(
                     "registered_loss": rise.reference_loss,
                     "loss": rise.loss,
                     "loss_rise_standard_error": rise.standard_error,
-                    "registered_bytes_per_token": registered["bytes_per_token"],
+                    "registered_bytes_per_token": registered_bytes,
                     "bytes_per_token": bytes_per_token,
-                    "fell": fell(rise, tolerance) or grew,
+                    "fell": fell(rise, tolerance) or bytes_per_token > registered_bytes,
                 }
             )
     write_table(output, "regressions", rows)
