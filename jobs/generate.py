@@ -17,7 +17,7 @@ from lorc_core.loading import variant_and_base
 from lorc_core.plain_model import MODELS
 from lorc_core.standalone_config import PREFIX
 from lorc_core.variant import CONFIG_FILE
-from pipeline.graph import default_tracking_uri
+from pipeline.tracking import default_tracking_uri
 
 
 def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: Path) -> int:
@@ -30,16 +30,16 @@ def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: Pat
     if not (prompt_tokens := inputs["input_ids"].shape[1]):
         raise ConfigError("the prompt is empty")
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    begin = time.perf_counter()
+    started = time.perf_counter()
     output = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer, return_dict_in_generate=True
     )
-    seconds = time.perf_counter() - begin
+    elapsed_s = time.perf_counter() - started
     assert isinstance(output, GenerateDecoderOnlyOutput)
     assert output.past_key_values is not None
     num_new = output.sequences.shape[1] - prompt_tokens
     Console(stderr=True, soft_wrap=True).print(
-        f"{num_new} tokens, {num_new / seconds:.1f} per second with the prompt's {prompt_tokens}; "
+        f"{num_new} tokens, {num_new / elapsed_s:.1f} per second with the prompt's {prompt_tokens}; "
         f"cache {lorc_core.cache_bytes(output.past_key_values):,} bytes",
         highlight=False,
     )

@@ -7,9 +7,9 @@ import typer
 
 from jobs.cli import run_command
 from jobs.screen import console
-from pipeline.graph import default_tracking_uri
 from pipeline.registry import promote
-from pipeline.zoo import load_zoo
+from pipeline.tracking import default_tracking_uri
+from pipeline.zoo_file import load_zoo
 
 
 def promote_variant(reference: str, alias: str, zoo_file: Path | None, workdir: Path) -> int:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.screen import StepProgress, console
+from lorc_core.budgets import KEPT_FRACTION_TOLERANCE
 from lorc_core.methods import METHODS
-from lorc_core.schedule import KEPT_FRACTION_TOLERANCE, SCHEDULES
+from lorc_core.schedule import SCHEDULES
 from pipeline.results import Result, results
 from pipeline.zoo import Zoo
 from pipeline.zoo_run import ZooRun, run_zoo

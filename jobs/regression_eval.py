@@ -9,8 +9,8 @@ from rich.table import Table
 
 from jobs.cli import run_command
 from jobs.screen import StepProgress, console
-from pipeline.graph import default_tracking_uri
-from pipeline.regression import Verdict, regress
+from pipeline.regression import Verdict, label, regress
+from pipeline.tracking import default_tracking_uri
 
 
 def regress_champions(names: list[str], address: str | None, workdir: Path) -> int:
@@ -28,7 +28,7 @@ def regress_champions(names: list[str], address: str | None, workdir: Path) -> i
         screen.print(verdict_table(verdicts))
     for verdict in verdicts:
         if verdict.error is not None:
-            screen.print(f"[red]{verdict.version.name}/{verdict.version.version}[/red]: {escape(verdict.error)}")
+            screen.print(f"[red]{label(verdict.version)}[/red]: {escape(verdict.error)}")
     return 0 if all(verdict.passed for verdict in verdicts) else 1
 
 
@@ -40,11 +40,10 @@ def verdict_table(verdicts: list[Verdict]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("verdict")
     for verdict in verdicts:
-        name = f"{verdict.version.name}/{verdict.version.version}"
         for row in verdict.rows:
             rise = row["loss"] - row["registered_loss"]
             table.add_row(
-                name,
+                label(verdict.version),
                 row["text"],
                 f"{row['registered_loss']:.4f}",
                 f"{row['loss']:.4f}",

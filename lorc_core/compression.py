@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorc_core.architecture import KINDS, PROJECTION_OF, Architecture, Kind, architecture_of
+from lorc_core.budgets import check_kept_fraction
 from lorc_core.checkpoint import Checkpoint, WeightSource, read_config
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.methods import Axes, Method, known_method
 from lorc_core.moments import LayerMoments, moments_of
 from lorc_core.projection import Decomposition, Factors, LayerDecomposition, decompose, decompose_weight, layer_spectrum
-from lorc_core.schedule import Schedule, check_kept_fraction, known_schedule
+from lorc_core.schedule import Schedule, known_schedule
 from lorc_core.spectra import RankSchedule
 from lorc_core.variant import BaseModel, Variant
 from lorc_core.weights import read_bias, read_weight

@@ -7,9 +7,8 @@ in [0, 1]; the member nearest to the target share of cached floats is chosen, or
 import itertools
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, ClassVar, Literal
@@ -17,12 +16,12 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from lorc_core.architecture import KINDS, Kind
+from lorc_core.budgets import check_kept_fraction, fit
+from lorc_core.curves import error_ramp, floats_at, lower_hull
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.spectra import (
     Climb,
-    CurvePoint,
     Energies,
-    ErrorLevel,
     KindSpectrum,
     LayerRanks,
     LayerSpectrum,
@@ -31,8 +30,6 @@ from lorc_core.spectra import (
     Staircase,
 )
 
-KEPT_FRACTION_TOLERANCE = 0.01
-MIN_ERROR_RISE = 1e-9  # between levels, so that the floats between two of one error can be reached
 Probe = Literal["fisher", "errors", "curves"]
 
 
@@ -328,52 +325,6 @@ def best_first(stairs: Sequence[Staircase]) -> Climb:
     return climbed
 
 
-def error_ramp(levels: Sequence[ErrorLevel], kv_width: int) -> list[ErrorLevel]:
-    """Levels by rising error, from full width and no error; every cut raises it, by a little at least."""
-    ramp = [ErrorLevel(kv_width, kv_width, 0.0)]
-    for level in sorted(levels, key=lambda level: -(level.keys + level.values)):
-        ramp.append(ErrorLevel(level.keys, level.values, max(level.error, ramp[-1].error + MIN_ERROR_RISE)))
-    return ramp
-
-
-def floats_at(ramp: Sequence[ErrorLevel], epsilon: float) -> tuple[float, float]:
-    """Least floats of keys and values whose error is at most epsilon, on straight lines between levels."""
-    above = bisect_right(ramp, epsilon, key=lambda level: level.error)
-    if above == len(ramp):
-        return float(ramp[-1].keys), float(ramp[-1].values)
-    within, beyond = ramp[above - 1], ramp[above]
-    part = (epsilon - within.error) / (beyond.error - within.error)
-    return within.keys + part * (beyond.keys - within.keys), within.values + part * (beyond.values - within.values)
-
-
-def error_at(levels: Sequence[ErrorLevel], floats: float) -> float:
-    """The error where keys and values have so many floats together, on straight lines between levels."""
-    width = max(max(level.keys, level.values) for level in levels)
-    ramp = error_ramp(levels, width)
-    for within, beyond in itertools.pairwise(ramp):
-        held, less = within.keys + within.values, beyond.keys + beyond.values
-        if less <= floats:
-            part = (held - floats) / (held - less) if held > less else 1.0
-            return within.error + max(part, 0.0) * (beyond.error - within.error)
-    return ramp[-1].error
-
-
-def lower_hull(points: Sequence[CurvePoint]) -> list[CurvePoint]:
-    """The convex curve below the points, by rising floats."""
-    hull: list[CurvePoint] = []
-    for point in sorted(points, key=lambda point: (point.floats, point.rise)):
-        if hull and hull[-1].floats == point.floats:
-            continue
-        while len(hull) > 1 and rise_per_float(hull[-2], point) <= rise_per_float(hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(point)
-    return hull
-
-
-def rise_per_float(left: CurvePoint, right: CurvePoint) -> float:
-    return (right.rise - left.rise) / (right.floats - left.floats)
-
-
 def cumulative_log10_condition(spectra: Sequence[LayerSpectrum]) -> list[float]:
     """log10 of Eq. 12 for each layer: the product over this and all deeper layers of kappa(W_k) kappa(W_v).
 
@@ -415,70 +366,3 @@ def checked_skips(skip_layers: Sequence[int], num_layers: int) -> set[int]:
         if not 0 <= layer_idx < num_layers:
             raise ConfigError(f"skip_layers: layer {layer_idx} does not exist; layers are 0..{num_layers - 1}")
     return set(skip_layers)
-
-
-def check_kept_fraction(kept_fraction: float) -> None:
-    """Raise ConfigError unless the share is in (0, 1]."""
-    if not 0 < kept_fraction <= 1:
-        raise ConfigError(f"kept_fraction must be in (0, 1], got {kept_fraction}")
-
-
-def fit(climb: Climb, stairs: Sequence[Staircase], kept_fraction: float, name: str) -> float:
-    """The share at which a family of ranks is nearest to the target.
-
-    Raises:
-        ConfigError: The target is out of the family's reach.
-    """
-    full = sum(stair.totals[-1] for stair in stairs)
-
-    def kept_at(share: float) -> float:
-        return sum(stair.totals[steps - 1] for stair, steps in zip(stairs, climb(share), strict=True)) / full
-
-    least, most = kept_at(0.0), kept_at(1.0)
-    if not least - KEPT_FRACTION_TOLERANCE <= kept_fraction <= most + KEPT_FRACTION_TOLERANCE:
-        raise ConfigError(
-            f"{name}: kept_fraction {kept_fraction} cannot be reached; reachable is {least:.3f}..{most:.3f}"
-        )
-    low, high = 0.0, 1.0
-    for _ in range(60):  # past float64's resolution of the share
-        middle = (low + high) / 2
-        low, high = (middle, high) if kept_at(middle) < kept_fraction else (low, middle)
-    return min(low, high, key=lambda share: abs(kept_at(share) - kept_fraction))
-
-
-def fit_bytes(
-    schedule: Schedule,
-    spectra: Sequence[LayerSpectrum],
-    probes: Probes | None,
-    needed_bytes: Callable[[RankSchedule], int],
-    budget_bytes: int,
-) -> RankSchedule:
-    """The largest ranks of a schedule whose cache and factors fit a budget.
-
-    Args:
-        schedule: Any.
-        spectra: One per layer.
-        probes: What the schedule measures, if it does.
-        needed_bytes: Of the cache and the factors that stay loaded beside the base model.
-        budget_bytes: What there is.
-
-    Raises:
-        ConfigError: Nothing that the schedule reaches fits.
-    """
-    found = schedule.ranks(spectra, 1.0, probes)
-    if needed_bytes(found) <= budget_bytes:
-        return found
-    low, high, best = 0.0, 1.0, None
-    for _ in range(14):  # kept fractions to 1e-4
-        kept = (low + high) / 2
-        try:
-            found = schedule.ranks(spectra, kept, probes)
-        except ConfigError:  # below what the schedule reaches
-            low = kept
-            continue
-        fits = needed_bytes(found) <= budget_bytes
-        best = found if fits else best
-        low, high = (kept, high) if fits else (low, kept)
-    if best is None:
-        raise ConfigError(f"{schedule.name}: no ranks make cache and factors fit {budget_bytes:,} bytes")
-    return best

@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 
 from lorc_core.adapters import Adapters, AdapterTensors, injected_adapters
 from lorc_core.architecture import KINDS, Architecture, Kind, architecture_of
+from lorc_core.budgets import fit
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.latent_cache import LayerFactors
 from lorc_core.methods import Method, Reader, Training
 from lorc_core.probes import only_gradients_of
 from lorc_core.projection import Decomposition, LayerDecomposition, layer_spectrum
 from lorc_core.runtime import Attachment
-from lorc_core.schedule import Energy, climbed_ranks, fit
+from lorc_core.schedule import Energy, climbed_ranks
 from lorc_core.spectra import Probes, RankSchedule
 
 CHECKPOINT_FILE = "training.pt"

@@ -141,8 +141,8 @@ def save_probes(output: Path, probes: Probes) -> None:
     (output / PROBES_FILE).write_text(json.dumps(asdict(probes)))
 
 
-def load_probes(directory: Path | None) -> Probes | None:
-    return None if directory is None else Probes.from_dict(json.loads((directory / PROBES_FILE).read_text()))
+def load_probes(directory: Path) -> Probes:
+    return Probes.from_dict(json.loads((directory / PROBES_FILE).read_text()))
 
 
 def save_ranks(output: Path, ranks: RankSchedule) -> None:

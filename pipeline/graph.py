@@ -1,22 +1,21 @@
 """From a zoo file to its steps: what is decomposed, scheduled, written, evaluated and registered, from what."""
 
 import importlib.metadata
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from lorc_core.architecture import KINDS
 from lorc_core.errors import ConfigError
 from lorc_core.methods import Method
 from lorc_core.schedule import Probe
+from pipeline.limits import check_variant, check_window
 from pipeline.models import ResolvedModel
 from pipeline.steps import ModelLoad, Need, Step, Store
 from pipeline.texts import text_identity, tokenizer_identity
-from pipeline.zoo import Budget, Calibration, Evaluation, ModelEntry, TextEntry, VariantEntry, Zoo, variant_label
+from pipeline.tracking import artifact_root
+from pipeline.zoo import Budget, Calibration, Evaluation, TextEntry, VariantEntry, Zoo, variant_label
 
-GIB = 1024**3
 # Float64 weight, Gram matrix, eigenvectors and workspace of one layer, over the bytes of its float64 weight and
 # of its square block; generous, since Ray only counts it.
 DECOMPOSE_COPIES = 6
@@ -91,50 +90,6 @@ def model_steps(zoo: Zoo, model: ResolvedModel, store: Store, tracking_uri: str)
             registered = register_step(zoo, model, label, (written, baseline, evaluated, windows), tracking_uri, store)
             variants.append(VariantSteps(label, entry.method.name, scheduled, written, errors, evaluated, registered))
     return ModelSteps(model, decompositions, windows, baseline, tuple(variants), tuple(refused))
-
-
-def check_window(section: str, window_tokens: int, model: ResolvedModel) -> None:
-    if window_tokens > model.architecture.max_tokens:
-        raise ConfigError(
-            f"{section}.window_tokens is {window_tokens}, the model takes at most {model.architecture.max_tokens}"
-        )
-
-
-def check_variant(zoo: Zoo, model: ResolvedModel, entry: VariantEntry) -> None:
-    """Raise ConfigError where this model cannot be compressed so, or not with this calibration text or memory."""
-    entry.method.check(model.architecture)
-    if zoo.calibration is None or not entry.needs_calibration:
-        return
-    check_window("calibration", zoo.calibration.window_tokens, model)
-    if not zoo.calibration.allow_rank_deficient:
-        try:
-            entry.method.check_enough_tokens(model.architecture, zoo.calibration.num_tokens)
-        except ConfigError as error:
-            cure = "or set calibration.allow_rank_deficient to drop what the text never used"
-            raise ConfigError(f"{error}; {cure}") from error
-    if entry.schedule.probe not in ("fisher", "curves"):
-        return
-    declared, needed = declared_memory_bytes(zoo, model.entry), probe_memory_bytes(model, entry.schedule.probe)
-    if declared and needed > declared:
-        raise ConfigError(
-            f"schedule {entry.schedule.name} runs the whole model and needs {needed / GIB:.1f} GiB, the zoo file "
-            f"declares {declared / GIB:.1f} GiB for it"
-        )
-
-
-def declared_memory_bytes(zoo: Zoo, entry: ModelEntry) -> int:
-    """What the zoo file says the model may use: its GPUs', else its tasks' memory; 0 if it does not say."""
-    gpus = entry.resources.num_gpus
-    if gpus and zoo.cluster.gpu_memory_gib is not None:
-        return round(gpus * zoo.cluster.gpu_memory_gib * GIB)
-    return entry.resources.memory_bytes
-
-
-def probe_memory_bytes(model: ResolvedModel, probe: str) -> int:
-    """The weights and, for Fisher information, gradients of W_k and W_v with their sums in float32."""
-    element_bytes, shape = model.entry.element_bytes, model.architecture
-    watched = 2 * shape.num_layers * shape.kv_width * shape.hidden_size if probe == "fisher" else 0
-    return model.num_parameters * element_bytes + watched * (element_bytes + 4)
 
 
 def calibrated_steps(zoo: Zoo, model: ResolvedModel, store: Store) -> Calibrated | None:
@@ -400,14 +355,3 @@ def register_step(
         inputs={"variant": variant, "baseline": baseline, "evaluation": evaluated, "windows": windows},
         need=None,
     )
-
-
-def default_tracking_uri(zoo: Zoo | None, workdir: Path) -> str:
-    """The zoo file's MLflow, else $MLFLOW_TRACKING_URI, else a sqlite file in the work directory."""
-    named = zoo.registry.tracking_uri if zoo is not None else None
-    return named or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workdir / 'mlflow.db'}"
-
-
-def artifact_root(tracking_uri: str, store: Store) -> str | None:
-    """Artifacts of a sqlite store go into the work directory; a server has its own place."""
-    return (store.root / "mlartifacts").as_uri() if tracking_uri.startswith("sqlite:") else None

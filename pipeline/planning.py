@@ -1,5 +1,6 @@
 """What a zoo file would do, from configs alone: cache sizes, net memory, devices, steps that are done."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
@@ -10,9 +11,11 @@ from lorc_core.memory import bytes_per_token, full_floats_per_token, planned_fac
 from lorc_core.schedule import Uniform
 from lorc_core.spectra import KindSpectrum, LayerSpectrum
 from pipeline.evaluation import DTYPES, device_plan
-from pipeline.graph import GIB, default_tracking_uri, model_steps
+from pipeline.graph import model_steps
+from pipeline.limits import GIB
 from pipeline.models import config_for_planning, resolve
 from pipeline.steps import Store, distinct
+from pipeline.tracking import default_tracking_uri
 from pipeline.zoo import ModelEntry, VariantEntry, Zoo, variant_label
 from pipeline.zoo_run import wanted_steps
 
@@ -118,11 +121,8 @@ def done_steps(zoo: Zoo, entry: ModelEntry, store: Store) -> str:
         return f"not fetched yet ({error})" if entry.config is None else "not fetched yet"
     planned = model_steps(zoo, model, store, default_tracking_uri(zoo, store.root))
     steps = distinct(wanted_steps([planned], "register"))
-    left: dict[str, int] = {}
-    for step in steps:
-        if not store.is_done(step):
-            left[step.name] = left.get(step.name, 0) + 1
+    left = Counter(step.name for step in steps if not store.is_done(step))
     todo = ", ".join(f"{count} {name}" for name, count in left.items())
     refused = "".join(f"; refused: {reason}" for _, reason in planned.refused)
-    done = f"{len(steps) - sum(left.values())} of {len(steps)} steps done"
+    done = f"{len(steps) - left.total()} of {len(steps)} steps done"
     return done + (f"; to do: {todo}" if todo else "") + refused

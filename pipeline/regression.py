@@ -65,14 +65,8 @@ def regress(
     store = Store(workdir.resolve())
     started_at = datetime.now(UTC).isoformat()  # to the microsecond: two within a second are two
     found = champions(client, names)
-    steps: dict[str, Step] = {}
-    errors: dict[str, str] = {}
     with fetched_files(store.root) as directory:
-        for version in found:
-            try:
-                steps[label(version)] = regress_step(client, version, started_at, directory / str(len(steps)))
-            except LorcError as error:
-                errors[label(version)] = str(error)
+        steps, errors = regress_steps(client, found, started_at, directory)
         on_plan(list(steps.values()))
         outcomes = run_steps(list(steps.values()), {}, store, address, on_outcome) if steps else []
     errors |= {outcome.model: outcome.error for outcome in outcomes if outcome.error is not None}
@@ -88,6 +82,20 @@ def regress(
     table = store.root / "tables" / "regressions" / f"{started_at.replace(':', '')}.parquet"
     collect(table, "regressions", [({}, path) for path in done])
     return verdicts
+
+
+def regress_steps(
+    client: MlflowClient, found: Sequence[ModelVersion], started_at: str, directory: Path
+) -> tuple[dict[str, Step], dict[str, str]]:
+    """The steps of the champions by label, and why others have none."""
+    steps: dict[str, Step] = {}
+    errors: dict[str, str] = {}
+    for version in found:
+        try:
+            steps[label(version)] = regress_step(client, version, started_at, directory / str(len(steps)))
+        except LorcError as error:
+            errors[label(version)] = str(error)
+    return steps, errors
 
 
 def label(version: ModelVersion) -> str:

@@ -10,10 +10,10 @@ import torch
 from lorc_core.architecture import KINDS, Kind
 from lorc_core.bounds import k_svd_gaps
 from lorc_core.checkpoint import Checkpoint
+from lorc_core.curves import error_at
 from lorc_core.errors import ConfigError
 from lorc_core.methods import METHODS, Axes
 from lorc_core.moments import moments_of
-from lorc_core.schedule import error_at
 from lorc_core.spectra import Energies
 from pipeline.artifacts import load_moments, load_probes, load_ranks, load_spectra
 from pipeline.graph import ModelSteps, calibrated_steps, decompose_steps, probe_step
@@ -180,6 +180,6 @@ def layer_choices(
     floats = kept_fraction * len(KINDS) * model.model.architecture.kv_width
     choices = []
     for layer_idx in range(model.model.architecture.num_layers if levels else 0):
-        errors = {name: error_at(found.errors[layer_idx], floats) for name, found in levels.items() if found}
+        errors = {name: error_at(found.errors[layer_idx], floats) for name, found in levels.items()}
         choices.append(LayerChoice(layer_idx, tuple(sorted(errors.items(), key=lambda pair: pair[1]))))
     return tuple(choices)

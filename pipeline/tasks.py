@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lorc_core.architecture import KINDS, Architecture, Kind
+from lorc_core.budgets import fit_bytes
 from lorc_core.calibration import calibrate as core_calibrate
 from lorc_core.calibration import load_tokenizer
 from lorc_core.checkpoint import Checkpoint
@@ -31,7 +32,7 @@ from lorc_core.methods import Axes, Reader, Training, method_from_dict
 from lorc_core.probes import Exchange, attention_errors, fisher_information, loss_curves
 from lorc_core.projection import layer_spectrum
 from lorc_core.runtime import attach
-from lorc_core.schedule import Probe, Sensitivity, fit_bytes, schedule_from_dict
+from lorc_core.schedule import Probe, Sensitivity, schedule_from_dict
 from lorc_core.spectra import Probes, RankSchedule
 from lorc_core.training import Trainer, rotated_decomposition
 from lorc_core.variant import MANIFEST_FILE, BaseModel, Variant, load_variant
@@ -158,9 +159,11 @@ def schedule(
     probes: Path | None = None,
 ) -> None:
     """The aggregator: ranks for every layer from the spectra of all."""
-    chosen, spectra = schedule_from_dict(schedule), load_spectra(layers)
+    chosen = schedule_from_dict(schedule)
+    measured = None if probes is None else load_probes(probes)
+    ranks_at = partial(chosen.ranks, load_spectra(layers), probes=measured)
     if kept_fraction is not None:
-        ranks = chosen.ranks(spectra, kept_fraction, load_probes(probes))
+        ranks = ranks_at(kept_fraction)
     else:
         assert budget is not None
         method, shape = method_from_dict(budget["method"]), Architecture.from_dict(architecture)
@@ -169,7 +172,7 @@ def schedule(
             floats = found.floats_per_token * budget["tokens"] + planned_factor_floats(found, method, shape)
             return floats * budget["element_bytes"]
 
-        ranks = fit_bytes(chosen, spectra, load_probes(probes), needed_bytes, budget["memory_bytes"])
+        ranks = fit_bytes(ranks_at, needed_bytes, budget_bytes=budget["memory_bytes"], name=chosen.name)
     save_ranks(output, ranks)
 
 
@@ -265,7 +268,7 @@ def evaluate(
             pinned = load_windows([directory])
             started = time.perf_counter()
             per_window, bytes_per_token = window_losses(model, pinned, batch_size)
-            elapsed = time.perf_counter() - started
+            elapsed_s = time.perf_counter() - started
             losses += [{"text": name, "window": idx, "loss": loss} for idx, loss in enumerate(per_window.tolist())]
             scores.append(
                 {
@@ -276,7 +279,7 @@ def evaluate(
                     "scored_tokens": pinned.shape[0] * (pinned.shape[1] - 1),
                     "bytes_per_token": bytes_per_token,
                     "factor_bytes": factors * model.dtype.itemsize,
-                    "eval_s": elapsed,
+                    "eval_s": elapsed_s,
                 }
             )
     write_table(output, "scores", scores)
@@ -308,14 +311,14 @@ def regress(
     """Score a registered variant again on its pinned tokens and compare with its registered scores."""
     found = load_variant(variant_dir)
     check_base(Path(model_dir), found)
+    scores = {row["text"]: row for row in read_rows(Path(evaluation_dir), "scores")}
     rows = []
     with attach(model, found):
         for text in text_names:
             pinned = np.load(Path(evaluation_dir) / f"{text}.npy")
             per_window, bytes_per_token = window_losses(model, pinned, batch_size)
-            registered = next(row for row in read_rows(Path(evaluation_dir), "scores") if row["text"] == text)
             rise = paired_rise(losses_of(Path(evaluation_dir), text), per_window)
-            grew = bytes_per_token > registered["bytes_per_token"]
+            registered_bytes = scores[text]["bytes_per_token"]
             rows.append(
                 {
                     "name": name,
@@ -325,9 +328,9 @@ def regress(
                     "registered_loss": rise.reference_loss,
                     "loss": rise.loss,
                     "loss_rise_standard_error": rise.standard_error,
-                    "registered_bytes_per_token": registered["bytes_per_token"],
+                    "registered_bytes_per_token": registered_bytes,
                     "bytes_per_token": bytes_per_token,
-                    "fell": fell(rise, tolerance) or grew,
+                    "fell": fell(rise, tolerance) or bytes_per_token > registered_bytes,
                 }
             )
     write_table(output, "regressions", rows)

@@ -1,4 +1,4 @@
-"""Evaluation texts: loaded through `datasets`, tokenized, cut into pinned windows."""
+"""Texts to evaluate or calibrate on: loaded through `datasets`, tokenized, cut into pinned windows."""
 
 import hashlib
 from pathlib import Path

@@ -3,18 +3,19 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
 from lorc_core.errors import LorcError
-from pipeline.graph import ModelSteps, default_tracking_uri, model_steps
+from pipeline.graph import ModelSteps, model_steps
 from pipeline.models import resolve
 from pipeline.steps import Milestone, Outcome, Step, Store, cached_outcomes, distinct
 from pipeline.tables import collect, replace_table, rows_table
+from pipeline.tracking import default_tracking_uri
 from pipeline.zoo import Zoo
 
 Until = Literal["compress", "evaluate", "register"]
+Part = tuple[dict[str, str], Step]  # of a table: the labels of its rows, and the step that writes them
 
 
 @dataclass(frozen=True)
@@ -147,48 +148,40 @@ def registration(store: Store, step: Step) -> dict[str, str]:
 
 def write_tables(run: ZooRun) -> None:
     """Join what the steps wrote into `tables/<table>/<zoo>.parquet`, one row source per model and variant."""
-
-    def table(name: str) -> Path:
-        return run.store.root / "tables" / name / f"{run.zoo.name}.parquet"
-
-    done = run.store.is_done
-    for name in ("scores", "window_losses"):
-        parts = []
-        for model in run.models:
-            steps = [("baseline", model.baseline), *((one.label, one.evaluate) for one in model.variants)]
-            parts += [
-                ({"model": model.model.entry.name, "variant": label, "fingerprint": step.fingerprint}, step)
-                for label, step in steps
-            ]
-        collect(table(name), name, [(labels, run.store.path(step)) for labels, step in parts if done(step)])
-    for name, step_of in (("ranks", attrgetter("schedule")), ("errors", attrgetter("errors"))):
-        labelled = [
-            ({"model": model.model.entry.name, "variant": one.label}, run.store.path(step_of(one)))
-            for model in run.models
-            for one in model.variants
-            if done(step_of(one))
-        ]
-        collect(table(name), name, labelled)
-    collect(
-        table("spectra"),
-        "spectra",
-        [
-            ({"model": model.model.entry.name, "method": method}, run.store.path(step))
-            for model in run.models
-            for method, steps in model.decompose.items()
-            for step in steps
-            if done(step)
-        ],
-    )
-    rows = [
-        {
-            "model": outcome.model,
-            "step": outcome.key,
-            "status": outcome.status,
-            "error": outcome.error,
-            "elapsed_s": outcome.elapsed_s,
-        }
-        for outcome in run.outcomes
-    ]
+    for name, parts in table_parts(run).items():
+        done = [(labels, run.store.path(step)) for labels, step in parts if run.store.is_done(step)]
+        collect(table_path(run, name), name, done)
     if any(outcome.status != "cached" for outcome in run.outcomes):  # else the last run's account stays
-        replace_table(table("outcomes"), rows_table("outcomes", rows))
+        rows = [
+            {
+                "model": outcome.model,
+                "step": outcome.key,
+                "status": outcome.status,
+                "error": outcome.error,
+                "elapsed_s": outcome.elapsed_s,
+            }
+            for outcome in run.outcomes
+        ]
+        replace_table(table_path(run, "outcomes"), rows_table("outcomes", rows))
+
+
+def table_path(run: ZooRun, name: str) -> Path:
+    return run.store.root / "tables" / name / f"{run.zoo.name}.parquet"
+
+
+def table_parts(run: ZooRun) -> dict[str, list[Part]]:
+    """By table, the steps that write a part of it, each with its labels."""
+    scored: list[Part] = []
+    ranks: list[Part] = []
+    errors: list[Part] = []
+    spectra: list[Part] = []
+    for model in run.models:
+        of_model = {"model": model.model.entry.name}
+        for label, step in (("baseline", model.baseline), *((one.label, one.evaluate) for one in model.variants)):
+            scored.append((of_model | {"variant": label, "fingerprint": step.fingerprint}, step))
+        for one in model.variants:
+            ranks.append((of_model | {"variant": one.label}, one.schedule))
+            errors.append((of_model | {"variant": one.label}, one.errors))
+        for method, steps in model.decompose.items():
+            spectra += [(of_model | {"method": method}, step) for step in steps]
+    return {"scores": scored, "window_losses": scored, "ranks": ranks, "errors": errors, "spectra": spectra}

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 
 from lorc_core.architecture import KINDS
 from lorc_core.blocks import Partition
+from lorc_core.budgets import fit_bytes
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.probes import Exchange
-from lorc_core.schedule import SCHEDULES, Energy, ErrorBudget, Fisher, Progressive, Sensitivity, Uniform, fit_bytes
+from lorc_core.schedule import SCHEDULES, Energy, ErrorBudget, Fisher, Progressive, Sensitivity, Uniform
 from lorc_core.spectra import (
     CurvePoint,
     ErrorLevel,
@@ -253,11 +255,12 @@ def test_fit_bytes_is_the_largest_member_of_the_schedule_within_the_budget(pairs
         except ConfigError:
             continue
     within = [one for one in reachable if one <= budget]
+    fitted = partial(fit_bytes, partial(schedule.ranks, layers), needed, budget_bytes=budget, name=schedule.name)
     if not within:
-        with pytest.raises(ConfigError, match=f"no ranks make cache and factors fit {budget:,} bytes"):
-            fit_bytes(schedule, layers, None, needed, budget)
+        with pytest.raises(ConfigError, match=f"{schedule.name}: no ranks make cache and factors fit {budget:,} bytes"):
+            fitted()
         return
-    assert needed(fit_bytes(schedule, layers, None, needed, budget)) == max(within)
+    assert needed(fitted()) == max(within)
 
 
 def test_ranks_survive_json():

@@ -16,7 +16,7 @@ from lorc_core.compression import compress
 from lorc_core.methods import METHODS
 from lorc_core.variant import write_manifest
 from pipeline.registry import VARIANT_PATH, connect, find_version
-from tests.conftest import REPOSITORY, save_tiny_model, write_zoo
+from tests.conftest import REPOSITORY, save_tiny_model, tiny_model, write_zoo
 from tests.pipeline.test_calibrated_run import write
 
 
@@ -145,6 +145,13 @@ def test_generate_names_a_path_that_is_not_there(lorc, tmp_path):
     code, _, err = lorc("generate", tmp_path / "nowhere", "x", "--workdir", tmp_path)
     assert code == 2
     assert err == f"error: variant directory {tmp_path / 'nowhere'} does not exist\n"
+
+
+def test_generate_tells_a_variant_that_does_not_know_its_base(lorc, tmp_path):
+    compress(tiny_model("llama"), "lorc", 0.5, "uniform").save(tmp_path / "variant")
+    code, out, err = lorc("generate", tmp_path / "variant", "x", "--workdir", tmp_path)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {tmp_path / 'variant'}: made from a model in memory")
 
 
 @pytest.mark.parametrize("content", [b'{"model_type": "lorc_ll', b"\xff\xfe", b"[]", b'{"lorc": {}}'])

@@ -17,7 +17,7 @@ from pipeline.artifacts import load_moments
 from pipeline.results import results
 from pipeline.steps import distinct
 from pipeline.tables import read_rows
-from pipeline.zoo import load_zoo
+from pipeline.zoo_file import load_zoo
 from pipeline.zoo_run import plan_steps, run_zoo, wanted_steps
 from tests.conftest import DEMO, save_tiny_model
 from tests.pipeline.test_zoo_run import statuses

@@ -8,7 +8,8 @@ import yaml
 from lorc_core.errors import ConfigError
 from lorc_core.methods import METHODS, Axes, method_from_dict
 from lorc_core.schedule import Progressive, Uniform
-from pipeline.zoo import cautions, load_zoo, variant_label
+from pipeline.zoo import cautions, variant_label
+from pipeline.zoo_file import load_zoo
 from tests.conftest import REPOSITORY, ZOO
 
 

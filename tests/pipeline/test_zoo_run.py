@@ -21,7 +21,7 @@ from pipeline.registry import connect
 from pipeline.results import results
 from pipeline.runner import cluster, what_lacks
 from pipeline.steps import Need
-from pipeline.zoo import load_zoo
+from pipeline.zoo_file import load_zoo
 from pipeline.zoo_run import run_zoo
 from tests.conftest import save_tiny_model, write_zoo
 
