@@ -2,8 +2,7 @@
 
 `score_choice` decides where it is used; this file imports Triton, which builds of torch without CUDA do not bring.
 
-Shapes: B batch, H query heads, D head_dim, Q new tokens, S cached and new tokens, N kv_width, K latents of all blocks,
-P pairs of rotated channels, C blocks and one.
+Shapes: B batch, H query heads, D head_dim, Q new tokens, S cached and new tokens, C blocks and one.
 """
 
 import math
@@ -15,10 +14,10 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Complex, Float, Int32
+from jaxtyping import Float, Int32
 from torch import Tensor
 
-from lorc_core.projection import Factors
+from lorc_core.unrotated_keys import UnrotatedKeys
 
 
 @triton.jit(do_not_specialize=["kv_len", "num_rows"])  # else a step of decoding may wait for the compiler
@@ -102,48 +101,34 @@ def score_kernel(
         tl.store(place, found.to(dtype), mask=is_slot[:, None] & is_row[None, :])
 
 
-def fused_rotated_scores(
-    query: Float[Tensor, "b h q d"],
-    latents: Float[Tensor, "b 1 s k"],
-    factors: Factors,
-    offset: Float[Tensor, " n"] | None,
-    turns: Complex[Tensor, "#b s p"],
-) -> Float[Tensor, "b h q s"]:
-    """What `reading.rotated_scores` gives, but for rounding: rebuilt keys are rounded once, after the rotation.
+def fused_rotated_scores(query: Float[Tensor, "b h q d"], keys: UnrotatedKeys) -> Float[Tensor, "b h q s"]:
+    """What `rotated_scores` gives, but for rounding: rebuilt keys are rounded once, after the rotation.
 
     Args:
-        query: Rotated, with the channels of a pair side by side, as the factors have them.
-        latents: The cache.
-        factors: Of the keys, such as `score_choice.can_fuse` accepts.
-        offset: What rebuilt keys lack.
-        turns: Of every slot.
+        query: Rotated, with the channels of a pair side by side.
+        keys: Such as `score_choice.can_fuse` accepts.
 
     Raises:
         OutOfResources: The device has too little shared memory for the tiles.
     """
-    scores = query.new_empty(*query.shape[:3], latents.shape[2])
-    arguments, constants = kernel_arguments(query, latents, factors, offset, turns, scores)
-    grid = (factors.partition.num_kv_heads, triton.cdiv(latents.shape[2], constants["SLOTS"]), len(latents))
-    with torch.cuda.device(latents.device) if latents.is_cuda else nullcontext():
+    scores = query.new_empty(*query.shape[:3], keys.num_slots)
+    arguments, constants = kernel_arguments(query, keys, scores)
+    grid = (keys.factors.partition.num_kv_heads, triton.cdiv(keys.num_slots, constants["SLOTS"]), len(query))
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
         score_kernel[grid](*arguments, **constants)
     return scores
 
 
 def kernel_arguments(
-    query: Float[Tensor, "b h q d"],
-    latents: Float[Tensor, "b 1 s k"],
-    factors: Factors,
-    offset: Float[Tensor, " n"] | None,
-    turns: Complex[Tensor, "#b s p"],
-    scores: Float[Tensor, "b h q s"],
+    query: Float[Tensor, "b h q d"], keys: UnrotatedKeys, scores: Float[Tensor, "b h q s"]
 ) -> tuple[tuple[Tensor | int | None, ...], dict[str, int]]:
     """What `score_kernel` is called with: by position, and what it is compiled for."""
-    partition = factors.partition
+    factors, latents, partition = keys.factors, keys.latents, keys.factors.partition
     rows = query.reshape(len(query), partition.num_kv_heads, -1, partition.head_dim).contiguous()
-    parts = torch.view_as_real(turns)
+    parts = torch.view_as_real(keys.turns)
     arguments = (
-        *(rows, latents, factors.up, offset, parts, block_starts(factors.ranks, latents.device), scores),
-        *(latents.shape[2], rows.shape[2]),
+        *(rows, latents, factors.up, keys.offset, parts, block_starts(factors.ranks, latents.device), scores),
+        *(keys.num_slots, rows.shape[2]),
         *(latents.stride(0), latents.stride(2), latents.stride(3)),
         *factors.up.stride(),
         *(parts.stride(0) if len(parts) > 1 else 0, parts.stride(1), parts.stride(2)),
@@ -151,7 +136,7 @@ def kernel_arguments(
     constants = {
         "HEAD_DIM": partition.head_dim,
         "HEADS_PER_BLOCK": partition.heads_per_block,
-        "NUM_TURNED": turns.shape[-1],
+        "NUM_TURNED": keys.turns.shape[-1],
         "ALIGNMENT": math.gcd(16, *accumulate(factors.ranks)),
     }
     return arguments, constants | tiles_for(query.dtype, partition.head_dim, rows.shape[2])

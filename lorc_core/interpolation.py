@@ -8,14 +8,14 @@ Shapes: H query heads, G kv heads, D head_dim, Q new tokens, S slots, K latents,
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from lorc_core.projection import Factors
-from lorc_core.reading import rotated_scores, scores_of, turned
+from lorc_core.reading import scores_of, turned
+from lorc_core.unrotated_keys import UnrotatedKeys, rotated_scores
 
 SPAN = 512  # slots
 NUM_NODES = 12
@@ -40,15 +40,15 @@ class Interpolation:
     weights: Float[Tensor, "n span"]
     first_pair: int
 
-    def saves(self, query: Float[Tensor, "b h q d"], latents: Float[Tensor, "b 1 s k"], factors: Factors) -> bool:
+    def saves(self, query: Float[Tensor, "b h q d"], keys: UnrotatedKeys) -> bool:
         """Whether it is faster than rebuilding: on a CPU, in float32, with a whole span, one block, few query rows."""
-        float32 = query.dtype == latents.dtype == torch.float32
-        if query.device.type != "cpu" or not float32 or latents.shape[2] < SPAN or len(factors.ranks) > 1:
+        float32 = query.dtype == keys.latents.dtype == torch.float32
+        if query.device.type != "cpu" or not float32 or keys.num_slots < SPAN or len(keys.factors.ranks) > 1:
             return False
-        num_rows, fast = query.shape[1] * query.shape[2], 2 * self.first_pair
-        absorbing = (query.shape[-1] - fast) / SPAN
-        columns = factors.partition.num_kv_heads * fast + num_rows * NUM_NODES * (1 + absorbing)
-        return columns <= MOST_WORK * factors.partition.kv_width
+        num_rows, num_fast, partition = query.shape[1] * query.shape[2], 2 * self.first_pair, keys.factors.partition
+        absorbing = (query.shape[-1] - num_fast) / SPAN
+        columns = partition.num_kv_heads * num_fast + num_rows * NUM_NODES * (1 + absorbing)
+        return columns <= MOST_WORK * partition.kv_width
 
 
 def interpolation_of(turns: Complex[Tensor, "1 s p"]) -> Interpolation:
@@ -73,43 +73,32 @@ def lagrange(nodes: Int[Tensor, " n"]) -> Float[Tensor, "n span"]:
     return found
 
 
-def slot_scores(
-    query: Float[Tensor, "b h q d"],
-    latents: Float[Tensor, "b 1 s k"],
-    factors: Factors,
-    offset: Float[Tensor, " n"] | None,
-    turns: Complex[Tensor, "1 s p"],
-    slow: Interpolation,
-) -> Float[Tensor, "b h q s"]:
+def slot_scores(query: Float[Tensor, "b h q d"], keys: UnrotatedKeys, slow: Interpolation) -> Float[Tensor, "b h q s"]:
     """`rotated_scores` of slots in a row; the last ones, where they are no whole span, are rebuilt."""
-    whole = latents.shape[2] // SPAN * SPAN
-    rest = rotated_scores(query, latents[:, :, whole:], factors, offset, turns[:, whole:])
-    rows = zip(query, latents[:, 0, :whole], strict=True)
-    spans = [span_scores(*row, factors, offset, turns[0, :whole], slow) for row in rows]
-    return torch.cat([torch.stack(spans), rest], dim=-1)
+    whole = keys.num_slots // SPAN * SPAN
+    spans = keys.part(slice(whole))
+    rows = [
+        span_scores(row, replace(spans, latents=latents[None]), slow)
+        for row, latents in zip(query, spans.latents, strict=True)
+    ]
+    rest = rotated_scores(query, keys.part(slice(whole, None)))
+    return torch.cat([torch.stack(rows), rest], dim=-1)
 
 
-def span_scores(
-    query: Float[Tensor, "h q d"],
-    latents: Float[Tensor, "s k"],
-    factors: Factors,
-    offset: Float[Tensor, " n"] | None,
-    turns: Complex[Tensor, "s p"],
-    slow: Interpolation,
-) -> Float[Tensor, "h q s"]:
+def span_scores(query: Float[Tensor, "h q d"], keys: UnrotatedKeys, slow: Interpolation) -> Float[Tensor, "h q s"]:
     """Of one row and whole spans, some of them at a time."""
+    latents, turns, offset = keys.latents[0, 0], keys.turns[0], keys.offset
     num_fast, head_dim = 2 * slow.first_pair, query.shape[-1]
-    up = factors.up.unflatten(0, (-1, head_dim))  # G D K
+    up = keys.factors.up.unflatten(0, (-1, head_dim))  # G D K
     shift = up.new_zeros(up.shape[:2]) if offset is None else offset.view(up.shape[:2])
     step = SPAN * max(1, STEP_BYTES // (len(up) * num_fast * SPAN * query.element_size()))
     scores = query.new_empty(*query.shape[:2], len(latents))
     for start in range(0, len(latents), step):
         part = slice(start, start + step)
-        keys = torch.addmm(shift[:, :num_fast].flatten(), latents[part], up[:, :num_fast].flatten(0, 1).T)
-        keys = keys.view(-1, len(up), num_fast)
-        keys = turned(keys, turns[part, None, : slow.first_pair], may_overwrite=True)
-        fast = scores_of(query[None, ..., :num_fast], keys.transpose(0, 1)[None])[0]
-        scores[..., part] = fast + slow_scores(
+        fast = torch.addmm(shift[:, :num_fast].flatten(), latents[part], up[:, :num_fast].flatten(0, 1).T)
+        fast = turned(fast.view(-1, len(up), num_fast), turns[part, None, : slow.first_pair], may_overwrite=True)
+        of_fast = scores_of(query[None, ..., :num_fast], fast.transpose(0, 1)[None])[0]
+        scores[..., part] = of_fast + slow_scores(
             query[..., num_fast:], latents[part], up[:, num_fast:], shift[:, num_fast:], turns[part], slow
         )
     return scores

@@ -23,6 +23,7 @@ from lorc_core.latent_cache import Call, LayerState, Observed, in_pairs, rebuild
 from lorc_core.reading import mixed, scores_of, turned, weighted
 from lorc_core.rotation import Rotation, rotate
 from lorc_core.score_choice import key_scores
+from lorc_core.unrotated_keys import UnrotatedKeys
 
 STATE_ATTRIBUTE = "_lorc_layer"
 # Implementations whose mathematics `weighted` has, and what they may be given that it has not.
@@ -122,7 +123,8 @@ def attention_over_latents(
         assert factors is not None
         new, cached, slow = turns_of(state, call, query, key)
         query = turned(in_pairs(query, state), new[:, None])
-        scores = key_scores(query, key, factors, state.projections.offsets["keys"], cached, slow)
+        keys = UnrotatedKeys(key, factors, state.projections.offsets["keys"], cached)
+        scores = key_scores(query, keys, slow)
     weights = weighted(scores, mask, asked.options.get("softcap"))
     attended = values.restore(mixed(weights, values.heads(value)))
     return attended.transpose(1, 2).contiguous(), weights if asked.underlying == "eager" else None

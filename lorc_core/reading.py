@@ -1,7 +1,7 @@
 """Read a cache of latents without rebuilding what they stand for.
 
 Where keys are cached as they are read (after the rotation, or without one) queries absorb their factors, and outputs
-those of the values. Keys cached before the rotation are rebuilt and rotated a few at a time.
+those of the values. Keys cached before the rotation are in `unrotated_keys`.
 
 Shapes: B batch, H query heads, G kv heads, D head_dim, Q new tokens, S cached and new tokens, N = G * D, L latent
 heads, R latents of each, P pairs of rotated channels.
@@ -14,10 +14,6 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from lorc_core.projection import Factors
-
-# Rebuilt keys held at once: few enough to stay in a CPU's caches, or to be little beside an accelerator's memory.
-CPU_CHUNK_BYTES = 8 << 20
-ACCELERATOR_CHUNK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -90,36 +86,6 @@ def product(left: Float[Tensor, "b l i j"], right: Float[Tensor, "b l j k"]) -> 
     if left.shape[0] * left.shape[1] == 1:
         return (left[0, 0] @ right[0, 0])[None, None]
     return left @ right
-
-
-def rotated_scores(
-    query: Float[Tensor, "b h q d"],
-    latents: Float[Tensor, "b 1 s k"],
-    factors: Factors,
-    offset: Float[Tensor, " n"] | None,
-    turns: Complex[Tensor, "#b s p"],
-) -> Float[Tensor, "b h q s"]:
-    """Dot products of rotated queries with keys that are rebuilt and rotated a chunk at a time.
-
-    Args:
-        query: Rotated, with the channels of a pair side by side, as the factors have them.
-        latents: The cache.
-        factors: Of the keys.
-        offset: What rebuilt keys lack.
-        turns: Of every slot.
-    """
-    joint, head_dim = latents.squeeze(1), query.shape[-1]
-    scores = query.new_empty(*query.shape[:3], joint.shape[1])
-    row_bytes = len(joint) * factors.partition.kv_width * max(joint.element_size(), 4)
-    chunk = max(1, (CPU_CHUNK_BYTES if joint.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES) // row_bytes)
-    for start in range(0, joint.shape[1], chunk):
-        part = slice(start, start + chunk)
-        keys = factors.rebuild(joint[:, part])
-        keys = keys if offset is None else keys + offset
-        keys = turned(keys.unflatten(-1, (-1, head_dim)), turns[:, part, None], may_overwrite=True)
-        scores[..., part] = scores_of(query, keys.transpose(1, 2))
-        del keys  # before the next ones are made: they take its place
-    return scores
 
 
 def turned(

@@ -3,8 +3,7 @@
 On a CPU slow pairs of channels are interpolated where that saves; on a GPU a Triton kernel serves where it agreed with
 torch and was faster when both were measured.
 
-Shapes: B batch, H query heads, D head_dim, Q new tokens, S cached and new tokens, N kv_width, K latents of all blocks,
-P pairs of rotated channels.
+Shapes: B batch, H query heads, D head_dim, Q new tokens, S cached and new tokens.
 """
 
 import importlib.util
@@ -13,12 +12,11 @@ from collections.abc import Callable, Hashable
 from functools import cache, partial
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from lorc_core.interpolation import Interpolation, slot_scores
-from lorc_core.projection import Factors
-from lorc_core.reading import rotated_scores
+from lorc_core.unrotated_keys import UnrotatedKeys, rotated_scores
 
 # Of the largest score, between two ways that round differently: some times the worst of the interpreter's tests, by
 # dtype; bfloat16 has three bits fewer than float16.
@@ -26,33 +24,28 @@ MAX_DIFFERENCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2
 MAX_HEAD_DIM = 256
 REPETITIONS = 5
 
-ScoreFunction = Callable[..., Tensor]
+ScoreFunction = Callable[[Tensor, UnrotatedKeys], Tensor]
 # What was faster on a device in a setting, for as long as the process runs.
 FASTER: dict[Hashable, ScoreFunction] = {}
 
 
 def key_scores(
-    query: Float[Tensor, "b h q d"],
-    latents: Float[Tensor, "b 1 s k"],
-    factors: Factors,
-    offset: Float[Tensor, " n"] | None,
-    turns: Complex[Tensor, "#b s p"],
-    slow: Interpolation | None,
+    query: Float[Tensor, "b h q d"], keys: UnrotatedKeys, slow: Interpolation | None
 ) -> Float[Tensor, "b h q s"]:
     """As `rotated_scores`; `slow` where the turns are of slots in a row.
 
     The first call in a setting on a GPU is timed. If the kernel's scores differ, that is a warning and torch serves.
     """
-    if slow is not None and slow.saves(query, latents, factors):
-        return slot_scores(query, latents, factors, offset, turns, slow)
+    if slow is not None and slow.saves(query, keys):
+        return slot_scores(query, keys, slow)
     score: ScoreFunction = rotated_scores
-    if latents.is_cuda and may_be_timed() and can_fuse(query, latents, factors, turns):
-        setting = (latents.device, query.dtype, query.shape, factors.partition, factors.ranks)
-        bucket = (*setting, (latents.shape[2] - 1).bit_length())
+    if query.is_cuda and may_be_timed() and can_fuse(query, keys):
+        setting = (query.device, query.dtype, query.shape, keys.factors.partition, keys.factors.ranks)
+        bucket = (*setting, (keys.num_slots - 1).bit_length())
         if bucket not in FASTER:
-            FASTER[bucket] = faster(query, latents, factors, offset, turns)
+            FASTER[bucket] = faster(query, keys)
         score = FASTER[bucket]
-    return score(query, latents, factors, offset, turns)
+    return score(query, keys)
 
 
 def may_be_timed() -> bool:
@@ -67,47 +60,36 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def can_fuse(
-    query: Float[Tensor, "b h q d"],
-    latents: Float[Tensor, "b 1 s k"],
-    factors: Factors,
-    turns: Complex[Tensor, "#b s p"],
-) -> bool:
+def can_fuse(query: Float[Tensor, "b h q d"], keys: UnrotatedKeys) -> bool:
     """Whether the kernel knows these blocks and dtypes: a head's channels must be those of one block, and in pairs."""
-    partition = factors.partition
+    latents, up, partition = keys.latents, keys.factors.up, keys.factors.partition
     blocks = not partition.is_complex and partition.head_dim % 2 == 0 and partition.head_dim <= MAX_HEAD_DIM
-    same = query.dtype == latents.dtype == factors.up.dtype and query.device == latents.device == factors.up.device
-    return blocks and same and query.dtype in MAX_DIFFERENCE and turns.dtype == torch.complex64 and latents.numel() > 0
+    same = query.dtype == latents.dtype == up.dtype and query.device == latents.device == up.device
+    known = query.dtype in MAX_DIFFERENCE and keys.turns.dtype == torch.complex64
+    return blocks and same and known and latents.numel() > 0
 
 
-def faster(
-    query: Float[Tensor, "b h q d"],
-    latents: Float[Tensor, "b 1 s k"],
-    factors: Factors,
-    offset: Float[Tensor, " n"] | None,
-    turns: Complex[Tensor, "#b s p"],
-) -> ScoreFunction:
+def faster(query: Float[Tensor, "b h q d"], keys: UnrotatedKeys) -> ScoreFunction:
     """The function that took less time with these arguments, on their device; the kernel only where both agree."""
     from triton.runtime.errors import OutOfResources
 
     from lorc_core.fused_scores import fused_rotated_scores
 
-    arguments = (query, latents, factors, offset, turns)
-    with torch.cuda.device(latents.device):
+    with torch.cuda.device(query.device):
         try:
-            found = fused_rotated_scores(*arguments)
+            found = fused_rotated_scores(query, keys)
         except OutOfResources:  # an older GPU: its shared memory is smaller than the kernel's tiles
             return rotated_scores
-        difference = relative_difference(found, rotated_scores(*arguments))
+        difference = relative_difference(found, rotated_scores(query, keys))
         if not difference <= MAX_DIFFERENCE[query.dtype]:
             warnings.warn(
                 f"the fused kernel's scores differ from torch's by {difference:.1e} of the largest; torch's are used. "
-                f"Please report it with the setting: {latents.device}, {query.dtype}, {factors.partition}",
+                f"Please report it with the setting: {query.device}, {query.dtype}, {keys.factors.partition}",
                 stacklevel=2,
             )
             return rotated_scores
         functions = (fused_rotated_scores, rotated_scores)
-        return min(functions, key=lambda function: milliseconds(partial(function, *arguments)))
+        return min(functions, key=lambda function: milliseconds(partial(function, query, keys)))
 
 
 def relative_difference(found: Float[Tensor, "b h q s"], expected: Float[Tensor, "b h q s"]) -> float:

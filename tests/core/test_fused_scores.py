@@ -15,8 +15,8 @@ import torch
 
 from lorc_core.blocks import Partition
 from lorc_core.projection import Factors
-from lorc_core.reading import rotated_scores
 from lorc_core.score_choice import FASTER, MAX_DIFFERENCE, can_fuse, key_scores, relative_difference
+from lorc_core.unrotated_keys import UnrotatedKeys, rotated_scores
 
 pytest.importorskip("triton", reason="Triton is made for Linux alone")
 
@@ -53,7 +53,8 @@ class Case:
         latents = random(BATCH_SIZE, 1, CACHED + 9, rank)[:, :, 5 : CACHED + 5]
         offset = random(partition.kv_width) if self.has_offset else None
         angles = torch.randn(self.num_turns, CACHED + 9, self.num_turned or self.head_dim // 2, generator=generator)
-        return query, latents, factors, offset, torch.polar(torch.ones(()), angles)[:, 3 : CACHED + 3]
+        turns = torch.polar(torch.ones(()), angles)[:, 3 : CACHED + 3]
+        return query, UnrotatedKeys(latents, factors, offset, turns)
 
 
 CASES = {
@@ -93,9 +94,10 @@ def fused(tmp_path_factory):
     return interpreted({name: case.arguments() for name, case in CASES.items()}, tmp_path_factory.mktemp("fused"))
 
 
-def in_float32(query, latents, factors, offset, turns):
-    offset = None if offset is None else offset.float()
-    return query.float(), latents.float(), factors.to("cpu", torch.float32), offset, turns
+def in_float32(query, keys):
+    offset = None if keys.offset is None else keys.offset.float()
+    factors = keys.factors.to("cpu", torch.float32)
+    return query.float(), replace(keys, latents=keys.latents.float(), factors=factors, offset=offset)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -107,13 +109,14 @@ def test_fused_scores_are_those_of_rebuilt_and_rotated_keys(name, fused):
 
 @pytest.mark.parametrize("name", ["grouped queries", "half precision"])
 def test_the_controls_are_seen(name, fused):
-    query, latents, factors, offset, turns = in_float32(*CASES[name].arguments())
+    query, keys = in_float32(*CASES[name].arguments())
     apart = torch.arange(CASES[name].head_dim).view(2, -1).T.flatten()  # pairs of channels half a head apart
-    by_head = offset.unflatten(0, (-1, len(apart)))[:, apart].flatten()
+    by_head = keys.offset.unflatten(0, (-1, len(apart)))[:, apart].flatten()
+    other_pairs = replace(keys, factors=keys.factors.reordered(apart), offset=by_head)
     wrong = {
-        "no offset": rotated_scores(query, latents, factors, None, turns),
-        "the next slot's turn": rotated_scores(query, latents, factors, offset, turns.roll(-1, dims=1)),
-        "other pairs": rotated_scores(query[..., apart], latents, factors.reordered(apart), by_head, turns),
+        "no offset": rotated_scores(query, replace(keys, offset=None)),
+        "the next slot's turn": rotated_scores(query, replace(keys, turns=keys.turns.roll(-1, dims=1))),
+        "other pairs": rotated_scores(query[..., apart], other_pairs),
     }
     for expected in wrong.values():
         assert relative_difference(fused[name], expected) > 0.1
@@ -127,9 +130,8 @@ def compiled(case, capability):
 
     from lorc_core.fused_scores import kernel_arguments, score_kernel
 
-    query, *others = case.arguments()
-    scores = query.new_empty(*query.shape[:3], CACHED)
-    arguments, constants = kernel_arguments(query, *others, scores)
+    query, keys = case.arguments()
+    arguments, constants = kernel_arguments(query, keys, query.new_empty(*query.shape[:3], CACHED))
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
     signature, known, facts = dict.fromkeys(constants, "constexpr"), dict(constants), {}
@@ -162,19 +164,19 @@ def test_latents_are_copied_sixteen_bytes_at_a_time_where_ranks_allow_it(tmp_pat
 
 
 def test_what_the_kernel_does_not_know_is_left_to_torch():
-    query, latents, factors, _, turns = Case().arguments()
-    assert can_fuse(query, latents, factors, turns)
-    frequency = replace(factors, partition=Partition("frequency", 2, 20))
-    wide, odd = (Case(head_dim=head_dim, num_turned=2).arguments() for head_dim in (258, 9))
+    query, keys = Case().arguments()
+    assert can_fuse(query, keys)
+    frequency = replace(keys.factors, partition=Partition("frequency", 2, 20))
+    doubles = replace(keys, latents=keys.latents.double(), factors=keys.factors.to("cpu", torch.float64))
     for refused in (
-        (query, latents, frequency, turns),
-        (query.double(), latents.double(), factors.to("cpu", torch.float64), turns),
-        (query.half(), latents, factors, turns),
-        (query, latents, factors.to("cpu", torch.float16), turns),
-        (query, latents, factors, turns.to(torch.complex128)),
-        (query, latents[:, :, :0], factors, turns[:, :0]),
-        (*wide[:3], wide[4]),
-        (*odd[:3], odd[4]),
+        (query, replace(keys, factors=frequency)),
+        (query.double(), doubles),
+        (query.half(), keys),
+        (query, replace(keys, factors=keys.factors.to("cpu", torch.float16))),
+        (query, replace(keys, turns=keys.turns.to(torch.complex128))),
+        (query, keys.part(slice(0))),
+        Case(head_dim=258, num_turned=2).arguments(),
+        Case(head_dim=9, num_turned=2).arguments(),
     ):
         assert not can_fuse(*refused)
 

@@ -14,7 +14,7 @@ from lorc_core import interpolation
 from lorc_core.blocks import Partition
 from lorc_core.interpolation import SPAN, interpolation_of, slot_scores
 from lorc_core.projection import Factors
-from lorc_core.reading import rotated_scores
+from lorc_core.unrotated_keys import UnrotatedKeys, rotated_scores
 from tests.core.test_runtime import assert_close, one_pass, token_by_token, tokens
 
 HEADS, HEAD_DIM, RANK, SLOTS, BOUND = 4, 64, 40, 2 * SPAN + 37, 1.2e-6
@@ -30,17 +30,18 @@ def turns_of_slots(base, num_channels=HEAD_DIM, first_slot=0, scale=1.0):
     return torch.polar(torch.full_like(angles, scale), angles).to(torch.complex64)[None]
 
 
-def case(num_kv_heads=HEADS, q_len=1, rows=1):
+def case(turns, num_kv_heads=HEADS, q_len=1, rows=1, shifted=True):
+    """A query, and the keys that it reads."""
     partition = Partition("joint", num_kv_heads, HEAD_DIM)
     factors = Factors(partition, (RANK,), random(partition.width, RANK, seed=1), None, None)
-    latents, query = random(rows, 1, SLOTS, RANK, seed=2), random(rows, HEADS, q_len, HEAD_DIM, seed=3)
-    return query, latents, factors, random(partition.width, seed=4)
+    latents, offset = random(rows, 1, SLOTS, RANK, seed=2), random(partition.width, seed=4) if shifted else None
+    return random(rows, HEADS, q_len, HEAD_DIM, seed=3), UnrotatedKeys(latents, factors, offset, turns)
 
 
-def exact(query, latents, factors, offset, turns):
-    offset = None if offset is None else offset.double()
-    exact_factors = factors.to("cpu", torch.float64)
-    return rotated_scores(query.double(), latents.double(), exact_factors, offset, turns.to(torch.complex128))
+def exact(query, keys):
+    offset = None if keys.offset is None else keys.offset.double()
+    factors, turns = keys.factors.to("cpu", torch.float64), keys.turns.to(torch.complex128)
+    return rotated_scores(query.double(), UnrotatedKeys(keys.latents.double(), factors, offset, turns))
 
 
 def error(found, expected):
@@ -64,16 +65,15 @@ def error(found, expected):
 @pytest.mark.parametrize("step_bytes", [1, 16 << 20])
 def test_interpolated_scores_are_those_of_rebuilt_keys(facts, about_turns, shifted, step_bytes, monkeypatch):
     monkeypatch.setattr(interpolation, "STEP_BYTES", step_bytes)
-    query, latents, factors, offset = case(**facts)
-    given = (query, latents, factors, offset if shifted else None, turns_of_slots(**about_turns))
-    slow = interpolation_of(given[-1])
+    given = case(turns := turns_of_slots(**about_turns), shifted=shifted, **facts)
+    slow = interpolation_of(turns)
     assert 0 < slow.first_pair < HEAD_DIM // 2
     assert error(slot_scores(*given, slow), exact(*given)) < BOUND
 
 
 def test_scores_where_every_pair_is_slow():
-    given = (*case(), torch.ones(1, SLOTS, HEAD_DIM // 2, dtype=torch.complex64))
-    slow = interpolation_of(given[-1])
+    given = case(turns := torch.ones(1, SLOTS, HEAD_DIM // 2, dtype=torch.complex64))
+    slow = interpolation_of(turns)
     assert slow.first_pair == 1
     assert error(slot_scores(*given, slow), exact(*given)) < BOUND
 
@@ -87,22 +87,22 @@ def test_scores_where_every_pair_is_slow():
     ],
 )
 def test_controls_exceed_the_bound(wrong):
-    given = (*case(), turns_of_slots(5e5))
-    right = interpolation_of(given[-1])
+    given = case(turns := turns_of_slots(5e5))
+    right = interpolation_of(turns)
     assert error(slot_scores(*given, right), exact(*given)) < BOUND
     assert error(slot_scores(*given, wrong(right)), exact(*given)) > 50 * BOUND
 
 
 def test_interpolation_is_left_where_it_saves_nothing():
-    slow = interpolation_of(turns_of_slots(5e5))
-    query, latents, factors, _ = case()
-    assert slow.saves(query, latents, factors)
-    assert not slow.saves(query.bfloat16(), latents.bfloat16(), factors)
-    assert not slow.saves(query.double(), latents.double(), factors)
-    assert not slow.saves(query, latents[:, :, : SPAN - 1], factors)
-    assert not slow.saves(query.expand(-1, -1, 4, -1), latents, factors)  # as many products as keys have
+    query, keys = case(turns := turns_of_slots(5e5))
+    slow = interpolation_of(turns)
+    assert slow.saves(query, keys)
+    assert not slow.saves(query.bfloat16(), replace(keys, latents=keys.latents.bfloat16()))
+    assert not slow.saves(query.double(), replace(keys, latents=keys.latents.double()))
+    assert not slow.saves(query, keys.part(slice(SPAN - 1)))
+    assert not slow.saves(query.expand(-1, -1, 4, -1), keys)  # as many products as keys have
     halves = Factors(Partition("group(2)", HEADS, HEAD_DIM), (20, 20), random(2 * HEAD_DIM, 40), None, None)
-    assert not slow.saves(query, latents, halves)
+    assert not slow.saves(query, replace(keys, factors=halves))
 
 
 def test_model_decodes_by_interpolation_what_it_computes_without_a_cache(monkeypatch):

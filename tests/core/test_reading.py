@@ -8,13 +8,14 @@ import torch
 from transformers import DynamicCache
 
 import lorc_core
-import lorc_core.reading
+import lorc_core.unrotated_keys
 from lorc_core.architecture import Rotary
 from lorc_core.blocks import Partition
 from lorc_core.growing_cache import GrowingCache, GrowingLayer
 from lorc_core.projection import Factors
-from lorc_core.reading import mixed, reader_of, rotated_scores, scores_of, turned, weighted
+from lorc_core.reading import mixed, reader_of, scores_of, turned, weighted
 from lorc_core.rotation import LayerRotation, Rotation, rotate
+from lorc_core.unrotated_keys import UnrotatedKeys, rotated_scores
 from tests.conftest import tiny_model
 from tests.core.test_runtime import one_pass, token_by_token, tokens
 
@@ -83,7 +84,7 @@ def rotation_of(num_channels, *, interleaved, positions):
 @pytest.mark.parametrize("name", ["joint", "head", "groups of one rank", "groups of two ranks"])
 def test_rotated_scores_are_those_of_rebuilt_and_rotated_keys(name, num_channels, interleaved, chunk, monkeypatch):
     row_bytes = 2 * KV_HEADS * HEAD_DIM * 8
-    monkeypatch.setattr(lorc_core.reading, "CPU_CHUNK_BYTES", chunk * row_bytes)
+    monkeypatch.setattr(lorc_core.unrotated_keys, "CPU_CHUNK_BYTES", chunk * row_bytes)
     factors, offset = random_factors(*PARTITIONS[name]), random(KV_HEADS * HEAD_DIM, seed=2)
     latents, query = random(2, 1, CACHED, sum(factors.ranks), seed=3), random(2, HEADS, NEW, HEAD_DIM, seed=4)
     layer, keys_at = rotation_of(num_channels, interleaved=interleaved, positions=torch.arange(CACHED)[None])
@@ -94,7 +95,7 @@ def test_rotated_scores_are_those_of_rebuilt_and_rotated_keys(name, num_channels
         own = factors if order is None else factors.reordered(order)
         in_order = offset if order is None else offset.unflatten(0, (KV_HEADS, -1))[:, order].flatten()
         rotated = turned(query if order is None else query[..., order], queries_at.turns()[:, None])
-        return rotated_scores(rotated, latents, own, in_order, keys_at.turns())
+        return rotated_scores(rotated, UnrotatedKeys(latents, own, in_order, keys_at.turns()))
 
     assert_same(found(layer.pair_order(HEAD_DIM)), expected)
     if not interleaved:  # the control: channels left as they come

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorc_core.reading import rotated_scores
 from lorc_core.score_choice import FASTER, key_scores, relative_difference
+from lorc_core.unrotated_keys import UnrotatedKeys, rotated_scores
 from tests.core.test_fused_scores import CASES, Case, in_float32
 
 pytestmark = [
@@ -20,10 +20,10 @@ BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 2e-2}  # the interpreter's, bfloa
 LLAMA = Case(num_heads=32, num_kv_heads=8, head_dim=128, ranks=(512,), num_new=1)
 
 
-def on_gpu(arguments):
-    query, latents, factors, offset, turns = arguments
-    offset = None if offset is None else offset.cuda()
-    return query.cuda(), latents.cuda(), factors.to("cuda", query.dtype), offset, turns.cuda()
+def on_gpu(query, keys):
+    offset = None if keys.offset is None else keys.offset.cuda()
+    factors, turns = keys.factors.to("cuda", query.dtype), keys.turns.cuda()
+    return query.cuda(), UnrotatedKeys(keys.latents.cuda(), factors, offset, turns)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
@@ -32,13 +32,13 @@ def test_fused_scores_are_those_of_rebuilt_and_rotated_keys(name, dtype):
     from lorc_core.fused_scores import fused_rotated_scores
 
     arguments = replace(CASES[name], dtype=dtype).arguments()
-    found = fused_rotated_scores(*on_gpu(arguments)).cpu()
+    found = fused_rotated_scores(*on_gpu(*arguments)).cpu()
     assert relative_difference(found, rotated_scores(*in_float32(*arguments))) < BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_the_choice_is_measured_once_in_a_setting_and_right_either_way(dtype, monkeypatch):
-    arguments = on_gpu(replace(LLAMA, dtype=dtype).arguments())
+    arguments = on_gpu(*replace(LLAMA, dtype=dtype).arguments())
     monkeypatch.setattr("lorc_core.score_choice.FASTER", chosen := {})
     with torch.no_grad():
         found = [key_scores(*arguments, None).cpu() for _ in range(2)]
@@ -49,7 +49,7 @@ def test_the_choice_is_measured_once_in_a_setting_and_right_either_way(dtype, mo
 
 
 def test_nothing_is_timed_while_gradients_are_on_or_a_graph_is_captured():
-    arguments = on_gpu(replace(LLAMA, head_dim=64).arguments())
+    arguments = on_gpu(*replace(LLAMA, head_dim=64).arguments())
     known = dict(FASTER)
     key_scores(*arguments, None)
     with torch.no_grad(), torch.cuda.graph(torch.cuda.CUDAGraph()):
@@ -58,7 +58,7 @@ def test_nothing_is_timed_while_gradients_are_on_or_a_graph_is_captured():
 
 
 def test_a_kernel_that_is_wrong_is_not_chosen(monkeypatch):
-    arguments = on_gpu(LLAMA.arguments())
+    arguments = on_gpu(*LLAMA.arguments())
     monkeypatch.setattr("lorc_core.score_choice.FASTER", chosen := {})
     monkeypatch.setattr("lorc_core.fused_scores.fused_rotated_scores", lambda *given: rotated_scores(*given).roll(1))
     with torch.no_grad(), pytest.warns(UserWarning, match="differ from torch's"):
