@@ -31,17 +31,20 @@ class Capacity:
     peak_bytes: int
 
 
-def largest(fits: Callable[[int], bool]) -> int:
-    """The largest batch that fits, by doubling and then halving the gap; 0 where not even one does."""
-    if not fits(1):
-        return 0
-    most, too_many = 1, 2
-    while fits(too_many):
-        most, too_many = too_many, 2 * too_many
-    while too_many - most > 1:
-        middle = (most + too_many) // 2
-        most, too_many = (middle, too_many) if fits(middle) else (most, middle)
-    return most
+def largest(decodes: Callable[[int], Capacity | None]) -> Capacity | None:
+    """Of the largest batch that fits, by doubling and then halving the gap; None where not even one row does."""
+    best, too_many = decodes(1), 2
+    if best is None:
+        return None
+    while found := decodes(too_many):
+        best, too_many = found, 2 * too_many
+    while too_many - best.batch_size > 1:
+        middle = (best.batch_size + too_many) // 2
+        if found := decodes(middle):
+            best = found
+        else:
+            too_many = middle
+    return best
 
 
 @torch.inference_mode()
@@ -56,15 +59,16 @@ def decode(model: PreTrainedModel, contender: Contender, context: int, batch_siz
     return Capacity(contender.name, batch_size, seconds, cache_bytes(cache), peak)
 
 
-def fits_with(model: PreTrainedModel, contender: Contender, context: int, batch_size: int) -> bool:
-    """Whether it decodes in the GPU's memory."""
+def try_to_decode(model: PreTrainedModel, contender: Contender, context: int, batch_size: int) -> Capacity | None:
+    """None where the GPU's memory does not suffice."""
     try:
-        decode(model, contender, context, batch_size)
-    except torch.OutOfMemoryError:
-        return False
+        return decode(model, contender, context, batch_size)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):  # cuBLAS's own
+            raise
     finally:
         torch.cuda.empty_cache()
-    return True
+    return None
 
 
 def show(found: Sequence[Capacity]) -> Table:
@@ -102,8 +106,8 @@ def main(subject: Subject, context: int) -> None:
     found = []
     for one in contenders:
         with screen.status(one.name):
-            batch_size = largest(partial(fits_with, model, one, context))
-            if batch_size == 0:
-                raise ConfigError(f"{one.name}: not even one row of {context:,} tokens fits; name a smaller --context")
-            found.append(decode(model, one, context, batch_size))
+            best = largest(partial(try_to_decode, model, one, context))
+        if best is None:
+            raise ConfigError(f"{one.name}: not even one row of {context:,} tokens fits; name a smaller --context")
+        found.append(best)
     screen.print(show(found))

@@ -4,8 +4,7 @@ Seconds for one new token and for a prefill, and the bytes of the cache, of the 
 turn by turn in one run.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -19,7 +18,16 @@ from rich.table import Table
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, StaticCache
 
-from jobs.bench_models import BASELINE, Contender, Subject, attached, bench_model, check_known, contenders_of
+from jobs.bench_models import (
+    BASELINE,
+    Contender,
+    Subject,
+    attached,
+    bench_model,
+    check_known,
+    contenders_of,
+    seconds_of,
+)
 from jobs.screen import console, size
 from lorc_core.architecture import KINDS, architecture_of
 from lorc_core.growing_cache import GrowingCache
@@ -84,20 +92,6 @@ def filled_cache(
                 keys, values = project_down(keys, state, "keys"), project_down(values, state, "values")
             cache.update(keys, values, layer_idx)
     return cache
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    """Wall-clock seconds."""
-    wait()
-    started = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - started
-
-
-def wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def token_seconds(model: PreTrainedModel, cache: Cache, ids: Int[Tensor, "b t"]) -> list[float]:

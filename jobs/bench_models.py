@@ -3,7 +3,8 @@
 Weights and factors are random unless a model and a variant are given: speed and memory depend on their shapes alone.
 """
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,3 +166,17 @@ def attached(model: PreTrainedModel, contender: Contender) -> Iterator[None]:
         return
     with Attachment(model, architecture_of(model.config), contender.factors).start():
         yield
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall-clock seconds."""
+    wait()
+    started = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - started
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

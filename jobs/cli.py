@@ -207,6 +207,18 @@ def bench_capacity(
     bench_capacity_main(Subject(model, variant, shape, layers, mlp, dtype), context)
 
 
+@bench.command("scores")
+def bench_scores(
+    context: Annotated[int, typer.Option(help="Cached tokens.", min=512)] = 8192,
+    batch_size: Annotated[int, typer.Option(help="Rows.", min=1)] = 1,
+    dtype: BenchDtype = "float32",
+) -> None:
+    """Reading keys that are cached before the rotation: rebuilding them all against interpolation or the kernel."""
+    from jobs.bench_scores import main as bench_scores_main
+
+    bench_scores_main(context, batch_size, dtype)
+
+
 @bench.command("calibrate")
 def bench_calibrate() -> None:
     """Calibration against a plain forward pass over the same tokens, and its peak memory."""

@@ -2,7 +2,11 @@
 
 Over a span of slots a slow pair's rotation is a smooth curve, and so is the query that its latents would be read by.
 The query is absorbed at a few slots, the nodes, and its dot products with the latents are interpolated between them.
-Only the fast pairs of the keys are rebuilt: 22 of 64 where LLaMA-3 rotates.
+Only the fast pairs of the keys are rebuilt: 22 of 64 with LLaMA-3's rotation. It takes fewer products where few query
+heads read a kv head: with LLaMA-3-8B's four to one nothing is gained.
+
+Rebuilt keys are turned by every slot's own angle, whose float32 rounding grows with the position; interpolated scores
+see that of the nodes. Either is as far from exact angles as the other (tests/core/test_interpolation.py).
 
 Shapes: H query heads, G kv heads, D head_dim, Q new tokens, S slots, K latents, P pairs, C spans, N nodes.
 """
@@ -19,10 +23,11 @@ from lorc_core.unrotated_keys import UnrotatedKeys, rotated_scores
 
 SPAN = 512  # slots
 NUM_NODES = 12
-MAX_ERROR = 1e-6  # of a rotation by interpolation: that of float32 sums over a head's channels
-# Products over those of rebuilding all pairs. These are narrower matrices, so that the time was 0.6 of rebuilding's at
-# 0.56, 0.8 at 0.70, and no less at 0.78 (8 kv heads of 128, 16 or 32 query heads, 8,192 slots, two CPU threads).
-MOST_WORK = 0.7
+MAX_ERROR = 1e-6  # of a slow pair's rotation, interpolated over the first span
+# Products over those of rebuilding all pairs. These are narrower matrices: `lorc bench scores` on two CPU threads took
+# 0.8 of rebuilding's time at 0.56 of its products, as long at 0.70 and 0.78; of 32 kv heads 0.5 at 0.45, 0.65 at 0.59.
+MOST_WORK = 0.6
+MIN_PRODUCTS = 1 << 27  # of rebuilding: below it, many small steps cost what they save
 STEP_BYTES = 16 << 20  # of rebuilt keys held at once
 
 
@@ -41,22 +46,28 @@ class Interpolation:
     first_pair: int
 
     def saves(self, query: Float[Tensor, "b h q d"], keys: UnrotatedKeys) -> bool:
-        """Whether it is faster than rebuilding: on a CPU, in float32, with a whole span, one block, few query rows."""
+        """Whether it is faster than rebuilding: on a CPU, in float32, with one block, few query rows and many slots."""
         float32 = query.dtype == keys.latents.dtype == torch.float32
-        if query.device.type != "cpu" or not float32 or keys.num_slots < SPAN or len(keys.factors.ranks) > 1:
+        if query.device.type != "cpu" or not float32 or len(keys.factors.ranks) > 1 or keys.num_slots < SPAN:
             return False
         num_rows, num_fast, partition = query.shape[1] * query.shape[2], 2 * self.first_pair, keys.factors.partition
-        absorbing = (query.shape[-1] - num_fast) / SPAN
-        columns = partition.num_kv_heads * num_fast + num_rows * NUM_NODES * (1 + absorbing)
-        return columns <= MOST_WORK * partition.kv_width
+        of_nodes = num_rows * NUM_NODES * (1 + (query.shape[-1] - num_fast) / SPAN)
+        interpolated = (partition.num_kv_heads * num_fast + of_nodes) / partition.kv_width
+        left_over = keys.num_slots % SPAN / keys.num_slots
+        products = keys.num_slots * keys.latents.shape[-1] * partition.kv_width
+        return products >= MIN_PRODUCTS and interpolated * (1 - left_over) + left_over <= MOST_WORK
 
 
 def interpolation_of(turns: Complex[Tensor, "1 s p"]) -> Interpolation:
-    """For the turns of slots in a row, a span of them or more."""
+    """How to interpolate.
+
+    Args:
+        turns: Of the first span of slots or more, on a CPU.
+    """
     places = torch.arange(NUM_NODES, dtype=torch.float64)
     nodes = ((1 - torch.cos((2 * places + 1) * math.pi / (2 * NUM_NODES))) / 2 * (SPAN - 1)).round().long()  # Chebyshev
     weights = lagrange(nodes)
-    curves = turns[0, :SPAN].cpu().to(torch.complex128)
+    curves = turns[0, :SPAN].to(torch.complex128)
     errors = (weights.T.to(curves.dtype) @ curves[nodes] - curves).abs().amax(0) / curves.abs().amax(0)
     fast = (errors > MAX_ERROR).nonzero()
     first_pair = int(fast.max()) + 1 if len(fast) else 1
@@ -74,7 +85,13 @@ def lagrange(nodes: Int[Tensor, " n"]) -> Float[Tensor, "n span"]:
 
 
 def slot_scores(query: Float[Tensor, "b h q d"], keys: UnrotatedKeys, slow: Interpolation) -> Float[Tensor, "b h q s"]:
-    """`rotated_scores` of slots in a row; the last ones, where they are no whole span, are rebuilt."""
+    """`rotated_scores` of slots in a row; the last ones, where they are no whole span, are rebuilt.
+
+    Args:
+        query: Rotated, with the channels of a pair side by side.
+        keys: Of one block, a span of slots or more, with the turns of slots in a row.
+        slow: Of those turns.
+    """
     whole = keys.num_slots // SPAN * SPAN
     spans = keys.part(slice(whole))
     rows = [
@@ -91,15 +108,16 @@ def span_scores(query: Float[Tensor, "h q d"], keys: UnrotatedKeys, slow: Interp
     num_fast, head_dim = 2 * slow.first_pair, query.shape[-1]
     up = keys.factors.up.unflatten(0, (-1, head_dim))  # G D K
     shift = up.new_zeros(up.shape[:2]) if offset is None else offset.view(up.shape[:2])
-    step = SPAN * max(1, STEP_BYTES // (len(up) * num_fast * SPAN * query.element_size()))
+    up_fast, up_slow = up[:, :num_fast].flatten(0, 1), up[:, num_fast:].contiguous()
+    step = SPAN * max(1, STEP_BYTES // (len(up_fast) * SPAN * query.element_size()))
     scores = query.new_empty(*query.shape[:2], len(latents))
     for start in range(0, len(latents), step):
         part = slice(start, start + step)
-        fast = torch.addmm(shift[:, :num_fast].flatten(), latents[part], up[:, :num_fast].flatten(0, 1).T)
+        fast = torch.addmm(shift[:, :num_fast].flatten(), latents[part], up_fast.T)
         fast = turned(fast.view(-1, len(up), num_fast), turns[part, None, : slow.first_pair], may_overwrite=True)
         of_fast = scores_of(query[None, ..., :num_fast], fast.transpose(0, 1)[None])[0]
         scores[..., part] = of_fast + slow_scores(
-            query[..., num_fast:], latents[part], up[:, num_fast:], shift[:, num_fast:], turns[part], slow
+            query[..., num_fast:], latents[part], up_slow, shift[:, num_fast:], turns[part], slow
         )
     return scores
 

@@ -9,16 +9,16 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from lorc_core.interpolation import Interpolation, interpolation_of
+from lorc_core.interpolation import SPAN, Interpolation, interpolation_of
 from lorc_core.rotation import LayerRotation
 
 
 @dataclass(frozen=True)
 class SlotTable:
-    """The turns of slots 0 .. S - 1, as if slots were positions, and how slow ones among them are interpolated."""
+    """The turns of slots 0 .. S - 1, as if slots were positions, and how slow ones are interpolated, on a CPU."""
 
     turns: Complex[Tensor, "1 s p"]
-    slow: Interpolation
+    slow: Interpolation | None
 
 
 class SlotTurns:
@@ -28,7 +28,7 @@ class SlotTurns:
     of their slots, so a table serves all layers, rows and calls.
     """
 
-    BLOCK = 1024  # slots; a table is computed anew when it has grown by so many
+    BLOCK = 2 * SPAN  # slots; a table is computed anew when it has grown by so many
 
     def __init__(self) -> None:
         self._tables: dict[tuple[LayerRotation, torch.device, torch.dtype], SlotTable] = {}
@@ -42,5 +42,6 @@ class SlotTurns:
             with torch.inference_mode(mode=False):  # it may serve training later
                 positions = torch.arange(length, device=like.device)[None]
                 turns = rotation(torch.empty(0, device=key[1], dtype=key[2]), positions).turns()
-                self._tables[key] = table = SlotTable(turns, interpolation_of(turns))
+                slow = interpolation_of(turns) if turns.device.type == "cpu" else None
+                self._tables[key] = table = SlotTable(turns, slow)
         return table

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-from jobs import bench_calibrate
-from jobs.bench_capacity import largest
+from jobs import bench_calibrate, bench_scores
+from jobs.bench_capacity import Capacity, largest
 from jobs.bench_models import Subject, bench_model
 from jobs.bench_svd import accuracy_table, relative_error, weight_of_condition
 from tests.conftest import save_tiny_model
@@ -83,7 +83,13 @@ def test_bench_decode_does_not_change_a_model_in_a_directory(lorc, tmp_path):
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 63, 64, 65, 1000])
 def test_largest_batch_is_the_last_that_fits_found_in_few_trials(most):
     tried = []
-    assert largest(lambda batch_size: tried.append(batch_size) or batch_size <= most) == most
+
+    def decodes(batch_size):
+        tried.append(batch_size)
+        return Capacity("untouched", batch_size, 0.1, 1, 1) if batch_size <= most else None
+
+    best = largest(decodes)
+    assert (best.batch_size if best else 0) == most
     assert len(tried) == len(set(tried)) <= 2 * most.bit_length() + 1
 
 
@@ -91,3 +97,13 @@ def test_largest_batch_is_the_last_that_fits_found_in_few_trials(most):
 def test_bench_capacity_needs_a_gpu(lorc):
     code, _, err = lorc("bench", "capacity")
     assert (code, err) == (2, "error: bench capacity fills a GPU's memory, and there is none here; see bench decode\n")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run the kernel on")
+def test_bench_scores_measures_interpolation_on_a_cpu(lorc, monkeypatch):
+    monkeypatch.setattr(bench_scores, "HEADS", ((4, 2), (2, 2)))
+    monkeypatch.setattr(bench_scores, "ROUNDS", 1)
+    code, out, _ = lorc("bench", "scores", "--context", 600)
+    rows = [line.split() for line in out.splitlines() if "interpolated" in line]
+    assert code == 0
+    assert [row[:3] for row in rows] == [[*heads, base] for heads in ("42", "22") for base in ("10000", "500000")]
