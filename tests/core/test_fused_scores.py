@@ -180,7 +180,7 @@ def test_places_in_a_cache_are_counted_in_64_bits(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     code = compiled(Case(), 80)["ttir"]
     products = [line.rsplit(" : ", 1)[1].split(" loc")[0] for line in code.splitlines() if "arith.muli" in line]
-    assert products.count("i64") >= 1
+    assert products.count("i64") > 1  # the row's, beside that of a tile's first slot
     assert products.count("tensor<64x1xi64>") >= 1
     assert not [product for product in products if product.startswith("tensor<64x1xi32")]
 
