@@ -36,7 +36,7 @@ from lorc_core.memory import cache_bytes
 from lorc_core.runtime import Attachment
 
 CACHES = ("static", "growing")
-PREFILL_ROUNDS = 3
+PREFILL_ROUNDS = 5
 TOKENS_A_TURN = 4
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lorc_core.interpolation import Interpolation
@@ -116,6 +116,9 @@ def attention_over_latents(
     assert values is not None
     key, value, mask = filled(call, asked)
     query = asked.query * asked.scaling  # not the scores, which float16 may not hold
+    if reader is not None and can_pack(state, asked):
+        packed = packed_attention(reader.absorb(query), reader.heads(key), values.heads(value), mask)
+        return values.restore(packed).transpose(1, 2).contiguous(), None
     if reader is not None:
         scores = scores_of(reader.absorb(query), reader.heads(key))
     else:
@@ -128,6 +131,26 @@ def attention_over_latents(
     weights = weighted(scores, mask, asked.options.get("softcap"))
     attended = values.restore(mixed(weights, values.heads(value)))
     return attended.transpose(1, 2).contiguous(), weights if asked.underlying == "eager" else None
+
+
+def can_pack(state: LayerState, asked: Asked) -> bool:
+    """Whether stock attention can read the latents: of heads apart, all as wide, by one new token."""
+    keys, values = state.projections.readers["keys"], state.projections.readers["values"]
+    apart = keys is not None and values is not None and keys.num_heads == values.num_heads == state.num_kv_heads
+    plain = asked.underlying == "sdpa" and asked.options.get("softcap") is None and asked.query.shape[2] == 1
+    one_mask = asked.mask is None or asked.mask.shape[1] == 1
+    return apart and plain and one_mask and asked.key.shape[-1] == asked.value.shape[-1]
+
+
+def packed_attention(
+    query: Float[Tensor, "b h 1 r"],
+    key: Float[Tensor, "b l s r"],
+    value: Float[Tensor, "b l s r"],
+    mask: Tensor | None,
+) -> Float[Tensor, "b h 1 r"]:
+    """torch's own attention by scaled queries, those which read one head as its rows, so that no head is repeated."""
+    rows = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+    return scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=1.0).reshape(query.shape)
 
 
 def filled(call: Call, asked: Asked) -> tuple[Float[Tensor, "b l s _"], Float[Tensor, "b l s _"], Tensor | None]:
