@@ -94,7 +94,7 @@ def main(subject: Subject, context: int) -> None:
     """Print the table.
 
     Raises:
-        ConfigError: There is no GPU, whose memory has an end that a process can meet and live.
+        ConfigError: There is no GPU, whose memory has an end that a process can meet and live, or not one row fits.
     """
     if not torch.cuda.is_available():
         raise ConfigError("bench capacity fills a GPU's memory, and there is none here; see bench decode")

@@ -138,8 +138,9 @@ def can_pack(state: LayerState, asked: Asked) -> bool:
     keys, values = state.projections.readers["keys"], state.projections.readers["values"]
     apart = keys is not None and values is not None and keys.num_heads == values.num_heads == state.num_kv_heads
     plain = asked.underlying == "sdpa" and asked.options.get("softcap") is None and asked.query.shape[2] == 1
-    one_mask = asked.mask is None or asked.mask.shape[1] == 1
-    return apart and plain and one_mask and asked.key.shape[-1] == asked.value.shape[-1]
+    mask, dtypes = asked.mask, (torch.bool, asked.query.dtype)
+    stock_mask = mask is None or (mask.shape[1] == 1 and mask.dtype in dtypes)
+    return apart and plain and stock_mask and asked.key.shape[-1] == asked.value.shape[-1]
 
 
 def packed_attention(

@@ -200,13 +200,14 @@ def test_gradients_flow_through_a_growing_cache():
 
 @pytest.mark.parametrize("method", ["lorc", "kq_svd"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_half_precision_takes_masks_of_float32(method, implementation):
-    """As the untouched model does; the same mask in the model's dtype is the reference."""
-    model = tiny_model("llama").bfloat16()
+@pytest.mark.parametrize(("dtype", "of_mask"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_masks_may_be_of_another_dtype(method, implementation, dtype, of_mask):
+    """The same mask in the model's dtype is the reference."""
+    model = tiny_model("llama").to(dtype)
     model.set_attn_implementation(implementation)
     ids = tokens(model)
     variant = lorc_core.compress(model, method, schedule="uniform", calibration=tokens(model, rows=8, seed=3))
-    mask = torch.zeros(2, 1, 1, ids.shape[1]).masked_fill(torch.arange(ids.shape[1]) < 4, float("-inf"))
+    mask = torch.zeros(2, 1, 1, ids.shape[1]).masked_fill(torch.arange(ids.shape[1]) < 4, float("-inf")).to(of_mask)
 
     @torch.no_grad()
     def last_logits(mask):
@@ -216,7 +217,7 @@ def test_half_precision_takes_masks_of_float32(method, implementation):
 
     with lorc_core.attach(model, variant):
         found, whole = last_logits(mask), last_logits(torch.zeros_like(mask))
-        torch.testing.assert_close(found, last_logits(mask.bfloat16()), rtol=0, atol=0.05)
+        torch.testing.assert_close(found, last_logits(mask.to(dtype)), rtol=0, atol=0.05)
         assert (found - whole).abs().max() > 0.1
 
 
