@@ -77,11 +77,17 @@ def load_reference(reference: str, workdir: Path) -> tuple[Any, Path]:
         return lorc_core.load(directory, base=base_dir, dtype=dtype, device_map="auto"), base_dir
 
 
+def names_a_path(reference: str) -> bool:
+    """Whether it cannot be NAME, NAME/VERSION or NAME@ALIAS."""
+    _, slash, last = reference.rpartition("/")
+    return reference.startswith(("/", "./", "../", "~")) or (slash != "" and not last.isdigit())
+
+
 def find_variant(reference: str, workdir: Path, scratch: Path) -> tuple[Path, str]:
     """A variant on disk, or a registered one (its champion, unless a version or alias is named), and its dtype."""
     if (Path(reference) / CONFIG_FILE).is_file():
         return Path(reference), "auto"
-    if reference.startswith(("/", "./", "../", "~")) and not Path(reference).is_dir():
+    if names_a_path(reference) and not Path(reference).is_dir():
         raise ConfigError(f"variant directory {reference} does not exist")
     if Path(reference).is_dir():
         raise ConfigError(f"{reference}: a directory without {CONFIG_FILE} is no variant")

@@ -50,7 +50,8 @@ def describe(path: Path, problem: Any) -> str:
         return f"{path}: {where}: unknown field; allowed here are {allowed}"
     found = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
     message = problem["msg"].removeprefix("Value error, ").removesuffix(".")
-    if len(found) > 100:
+    quoted = isinstance(problem["input"], str) and repr(problem["input"]) in message
+    if len(found) > 100 or quoted:
         found = ""
     return f"{path}: {where + ': ' if where else ''}{message[0].lower() + message[1:]}{found}"
 

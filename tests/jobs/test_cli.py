@@ -147,6 +147,11 @@ def test_generate_names_a_path_that_is_not_there(lorc, tmp_path):
     assert err == f"error: variant directory {tmp_path / 'nowhere'} does not exist\n"
 
 
+def test_generate_takes_what_is_no_version_for_a_path(lorc, tmp_path):
+    code, _, err = lorc("generate", "lorc-work/nowhere", "x", "--workdir", tmp_path)
+    assert (code, err) == (2, "error: variant directory lorc-work/nowhere does not exist\n")
+
+
 def test_generate_tells_a_variant_that_does_not_know_its_base(lorc, tmp_path):
     compress(tiny_model("llama"), "lorc", 0.5, "uniform").save(tmp_path / "variant")
     code, out, err = lorc("generate", tmp_path / "variant", "x", "--workdir", tmp_path)
