@@ -161,7 +161,7 @@ def spectrum(zoo: ZooFile, workdir: Workdir = WORKDIR) -> None:
 @bench.command("svd")
 def bench_svd() -> None:
     """Our decomposition against numpy.linalg.svd on the key shapes of 8B, 13B and 70B models."""
-    from jobs.bench_svd import main as bench_svd_main
+    from jobs.bench.svd import main as bench_svd_main
 
     bench_svd_main()
 
@@ -182,9 +182,9 @@ def bench_decode(
     plot: Annotated[Path | None, typer.Option(help="Draw speed and memory over the context to this .png.")] = None,
 ) -> None:
     """Tokens per second, prefill time and cache bytes of variants against the untouched model."""
-    from jobs.bench_decode import Settings
-    from jobs.bench_decode import main as bench_decode_main
-    from jobs.bench_models import Subject
+    from jobs.bench.decode import Settings
+    from jobs.bench.decode import main as bench_decode_main
+    from jobs.bench.models import Subject
 
     subject = Subject(model, variant, shape, layers, mlp, dtype)
     bench_decode_main(subject, Settings(cache, context, batch_size, tokens, prefill), plot)
@@ -201,8 +201,8 @@ def bench_capacity(
     context: Annotated[int, typer.Option(help="Tokens that each row's cache holds.", min=1)] = 2048,
 ) -> None:
     """The largest batch that decodes on this GPU, of variants and of the untouched model, and its tokens per second."""
-    from jobs.bench_capacity import main as bench_capacity_main
-    from jobs.bench_models import Subject
+    from jobs.bench.capacity import main as bench_capacity_main
+    from jobs.bench.models import Subject
 
     bench_capacity_main(Subject(model, variant, shape, layers, mlp, dtype), context)
 
@@ -214,7 +214,7 @@ def bench_scores(
     dtype: BenchDtype = "float32",
 ) -> None:
     """Reading keys that are cached before the rotation: rebuilding them all against interpolation or the kernel."""
-    from jobs.bench_scores import main as bench_scores_main
+    from jobs.bench.scores import main as bench_scores_main
 
     bench_scores_main(context, batch_size, dtype)
 
@@ -222,7 +222,7 @@ def bench_scores(
 @bench.command("calibrate")
 def bench_calibrate() -> None:
     """Calibration against a plain forward pass over the same tokens, and its peak memory."""
-    from jobs.bench_calibrate import main as bench_calibrate_main
+    from jobs.bench.calibrate import main as bench_calibrate_main
 
     bench_calibrate_main()
 

@@ -6,8 +6,8 @@ import typer
 
 from jobs.screen import StepProgress, console, results_table
 from pipeline.results import results
-from pipeline.zoo import cautions
-from pipeline.zoo_file import load_zoo
+from pipeline.zoo.file import load_zoo
+from pipeline.zoo.schema import cautions
 from pipeline.zoo_run import Until, ZooRun, run_zoo
 
 

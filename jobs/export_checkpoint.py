@@ -8,8 +8,8 @@ from transformers.utils import logging as transformers_logging
 
 from jobs.generate import find_variant
 from lorc_core.errors import ArtifactError, ConfigError
-from lorc_core.export import Exported, export_variant
-from lorc_core.plain_export import PlainExported, export_plain
+from lorc_core.standalone.export import Exported, export_variant
+from lorc_core.standalone.plain_export import PlainExported, export_plain
 
 
 def export_checkpoint(reference: str, directory: Path, base: Path | None, workdir: Path, *, plain: bool) -> int:

@@ -9,7 +9,7 @@ from jobs.cli import run_command
 from jobs.screen import console
 from pipeline.registry import promote
 from pipeline.tracking import default_tracking_uri
-from pipeline.zoo_file import load_zoo
+from pipeline.zoo.file import load_zoo
 
 
 def promote_variant(reference: str, alias: str, zoo_file: Path | None, workdir: Path) -> int:

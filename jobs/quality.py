@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from jobs.screen import StepProgress, console
-from lorc_core.budgets import KEPT_FRACTION_TOLERANCE
 from lorc_core.methods import METHODS
-from lorc_core.schedule import SCHEDULES
+from lorc_core.ranks.budgets import KEPT_FRACTION_TOLERANCE
+from lorc_core.ranks.schedules import SCHEDULES
 from pipeline.results import Result, results
-from pipeline.zoo import Zoo
+from pipeline.zoo.schema import Zoo
 from pipeline.zoo_run import ZooRun, run_zoo
 
 REPOSITORY = Path(__file__).parent.parent

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from jobs.screen import console
 from lorc_core.methods import METHODS, Axes
-from lorc_core.schedule import Energy
+from lorc_core.ranks.schedules import Energy
 
 DEFAULTS = {"gqa": "stack", "mean": "known"}
 

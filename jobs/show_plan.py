@@ -7,9 +7,9 @@ from rich.table import Table
 
 from jobs.screen import console, size
 from pipeline.planning import ModelPlan, plan_model
-from pipeline.steps import Store
-from pipeline.zoo import Zoo
-from pipeline.zoo_file import load_zoo
+from pipeline.storage.store import Store
+from pipeline.zoo.file import load_zoo
+from pipeline.zoo.schema import Zoo
 
 
 def show_plan(zoo_file: Path, workdir: Path) -> int:

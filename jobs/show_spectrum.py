@@ -9,7 +9,7 @@ from rich.table import Table
 
 from jobs.screen import StepProgress, console
 from pipeline.spectrum import LayerChoice, ModelSpectrum, SpectrumRow, model_spectra
-from pipeline.zoo_file import load_zoo
+from pipeline.zoo.file import load_zoo
 
 NUM_PRESETS = 4  # of a layer's best
 

@@ -10,26 +10,84 @@ configs and schedules does not need it. `AutoModelForCausalLM` knows exported va
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorc_core.registration import register_with_transformers
+from lorc_core.standalone.registration import register_with_transformers
+
+if TYPE_CHECKING:
+    from lorc_core.attention.attach import Attachment, attach
+    from lorc_core.caches.growing import GrowingCache
+    from lorc_core.caches.memory import cache_bytes
+    from lorc_core.compression import compress
+    from lorc_core.errors import ArtifactError, ConfigError, LorcError, NumericsError, UnsupportedModelError
+    from lorc_core.loading import load
+    from lorc_core.methods import METHODS, Axes, Method, Training
+    from lorc_core.model.kinds import KeysValues
+    from lorc_core.ranks.schedules import (
+        SCHEDULES,
+        Energy,
+        ErrorBudget,
+        Fisher,
+        Progressive,
+        Schedule,
+        Sensitivity,
+        Uniform,
+    )
+    from lorc_core.ranks.spectra import RankSchedule
+    from lorc_core.standalone.export import export_variant
+    from lorc_core.standalone.plain_export import export_plain
+    from lorc_core.variant import Variant, load_variant
+
+__all__ = [
+    "METHODS",
+    "SCHEDULES",
+    "ArtifactError",
+    "Attachment",
+    "Axes",
+    "ConfigError",
+    "Energy",
+    "ErrorBudget",
+    "Fisher",
+    "GrowingCache",
+    "KeysValues",
+    "LorcError",
+    "Method",
+    "NumericsError",
+    "Progressive",
+    "RankSchedule",
+    "Schedule",
+    "Sensitivity",
+    "Training",
+    "Uniform",
+    "UnsupportedModelError",
+    "Variant",
+    "attach",
+    "cache_bytes",
+    "compress",
+    "export_plain",
+    "export_variant",
+    "load",
+    "load_variant",
+]
 
 _MODULES = {
+    "attention.attach": ("Attachment", "attach"),
+    "caches.growing": ("GrowingCache",),
+    "caches.memory": ("cache_bytes",),
     "compression": ("compress",),
     "errors": ("ArtifactError", "ConfigError", "LorcError", "NumericsError", "UnsupportedModelError"),
-    "export": ("export_variant",),
-    "growing_cache": ("GrowingCache",),
     "loading": ("load",),
-    "memory": ("cache_bytes",),
-    "methods": ("METHODS", "Method"),
-    "plain_export": ("export_plain",),
-    "runtime": ("Attachment", "attach"),
-    "schedule": ("SCHEDULES", "Progressive", "RankSchedule", "Uniform"),
+    "methods": ("METHODS", "Axes", "Method", "Training"),
+    "model.kinds": ("KeysValues",),
+    "ranks.schedules": (
+        *("SCHEDULES", "Energy", "ErrorBudget", "Fisher", "Progressive", "Schedule", "Sensitivity", "Uniform"),
+    ),
+    "ranks.spectra": ("RankSchedule",),
+    "standalone.export": ("export_variant",),
+    "standalone.plain_export": ("export_plain",),
     "variant": ("Variant", "load_variant"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-
-__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

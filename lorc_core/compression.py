@@ -12,17 +12,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorc_core.architecture import KINDS, PROJECTION_OF, Architecture, Kind, architecture_of
-from lorc_core.budgets import check_kept_fraction
-from lorc_core.checkpoint import Checkpoint, WeightSource, read_config
+from lorc_core.decomposition.decompose import decompose, decompose_weight
+from lorc_core.decomposition.factors import Decomposition, LayerDecomposition, layer_spectrum, slice_layer
+from lorc_core.decomposition.moments import LayerMoments, moments_of
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.methods import Axes, Method, known_method
-from lorc_core.moments import LayerMoments, moments_of
-from lorc_core.projection import Decomposition, Factors, LayerDecomposition, decompose, decompose_weight, layer_spectrum
-from lorc_core.schedule import Schedule, known_schedule
-from lorc_core.spectra import RankSchedule
+from lorc_core.model.architecture import Architecture, architecture_of
+from lorc_core.model.checkpoint import Checkpoint, WeightSource, read_config
+from lorc_core.model.kinds import PROJECTION_OF, KeysValues, LayerKind
+from lorc_core.model.weights import read_bias, read_weight
+from lorc_core.ranks.budgets import check_kept_fraction
+from lorc_core.ranks.schedules import Schedule, known_schedule
 from lorc_core.variant import BaseModel, Variant
-from lorc_core.weights import read_bias, read_weight
 
 
 class LoadedWeights:
@@ -56,25 +57,27 @@ def decompose_layer(
         ArtifactError: A tensor is absent.
         ConfigError: The method calibrates and there is no calibration.
     """
-    return {
-        kind: decompose_kind(source, architecture, layer_idx, kind, method.axes(layer_idx, kind), calibrated)
-        for kind in KINDS
-    }
+    return KeysValues.of(
+        lambda kind: decompose_kind(
+            source, architecture, LayerKind(layer_idx, kind), method.axes(layer_idx, kind), calibrated
+        )
+    )
 
 
 def decompose_kind(
     source: WeightSource,
     architecture: Architecture,
-    layer_idx: int,
-    kind: Kind,
+    place: LayerKind,
     axes: Axes,
     calibrated: LayerMoments | None,
 ) -> Decomposition:
+    """As `decompose_layer`, of the keys or the values alone."""
+    layer_idx, kind = place
     projection = PROJECTION_OF[kind]
     weight = read_weight(source, architecture, layer_idx, projection)
     if tuple(weight.shape) != (architecture.kv_width, architecture.hidden_size):
         raise ConfigError(
-            f"layer {layer_idx} {kind}: weight is {tuple(weight.shape)}, the config says "
+            f"{place}: weight is {tuple(weight.shape)}, the config says "
             f"({architecture.kv_width}, {architecture.hidden_size})"
         )
     partition, rotated = axes.partition(architecture), axes.rotated(architecture, layer_idx)
@@ -84,21 +87,10 @@ def decompose_kind(
             if bias is None or not axes.has_mean(architecture, layer_idx, kind):
                 return decompose_weight(weight, partition, None)
             return decompose_weight(weight, partition, bias.double())
-        moments = moments_of(source, architecture, layer_idx, kind, axes, calibrated)
+        moments = moments_of(source, architecture, place, axes, calibrated)
         return decompose(moments, weight, partition, axes.reader, rotated=rotated)
     except NumericsError as error:
-        raise NumericsError(f"layer {layer_idx} {kind}: {error}") from error
-
-
-def slice_layer(
-    layer: LayerDecomposition, layer_idx: int, ranks: RankSchedule, dtype: torch.dtype
-) -> dict[Kind, Factors | None]:
-    """The factors of one layer at its scheduled ranks; None where the full width is kept."""
-    chosen = ranks.layers[layer_idx]
-    return {
-        kind: None if chosen.floats(kind) == ranks.kv_width else layer[kind].factors(chosen.of(kind)).to("cpu", dtype)
-        for kind in KINDS
-    }
+        raise NumericsError(f"{place}: {error}") from error
 
 
 def compress(
@@ -147,25 +139,27 @@ def compress(
     chosen_method.check(architecture)
     chosen_method.check_schedule(chosen)
     with ExitStack() as stack:
-        measuring = None
+        on_text = None
         if chosen_method.needs_calibration or chosen.probe is not None:
             if calibration is None:
                 needs = f"method {chosen_method.name}" if chosen_method.needs_calibration else f"schedule {chosen.name}"
                 raise ConfigError(f"{needs} needs calibration text: pass calibration=token ids or a text file's path")
-            from lorc_core.measuring import Measuring  # transformers' modelling code takes seconds
+            from lorc_core.measurement.calibrated_model import (
+                CalibratedModel,  # transformers' modelling code takes seconds
+            )
 
-            measuring = stack.enter_context(Measuring(model_or_dir, calibration))
-        calibrated = measuring.moments(chosen_method) if measuring and chosen_method.needs_calibration else None
+            on_text = stack.enter_context(CalibratedModel(model_or_dir, calibration))
+        calibrated = on_text.moments(chosen_method) if on_text and chosen_method.needs_calibration else None
         layers = [
             decompose_layer(source, architecture, idx, chosen_method, calibrated[idx] if calibrated else None)
             for idx in range(architecture.num_layers)
         ]
-        layers, adapters = measuring.trained(chosen_method, layers) if measuring else (layers, {})
+        layers, adapters = on_text.trained(chosen_method, layers) if on_text else (layers, {})
         spectra = [layer_spectrum(layer) for layer in layers]
-        probes = measuring.probes(chosen, layers) if measuring else None
+        probes = on_text.probes(chosen, layers) if on_text else None
         ranks = chosen.ranks(spectra, kept_fraction, probes)
-        if measuring:
-            ranks = measuring.refine(chosen, ranks, layers)
+        if on_text:
+            ranks = on_text.refine(chosen, ranks, layers)
     factors = tuple(slice_layer(layer, layer_idx, ranks, dtype) for layer_idx, layer in enumerate(layers))
     adapters = {name: tensor.to(dtype) for name, tensor in adapters.items()}
     return Variant(base, architecture, chosen_method, asdict(chosen), ranks, factors, adapters)

@@ -5,9 +5,9 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lorc_core.checkpoint import Checkpoint, model_directory
+from lorc_core.attention.attach import attach
 from lorc_core.errors import ArtifactError, ConfigError
-from lorc_core.runtime import attach
+from lorc_core.model.checkpoint import Checkpoint, model_directory
 from lorc_core.variant import Variant, load_variant
 
 

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from lorc_core.architecture import KINDS, Architecture, Kind
-from lorc_core.blocks import Partition, check_block, partition_of
 from lorc_core.errors import ConfigError
-from lorc_core.schedule import (
+from lorc_core.model.architecture import Architecture
+from lorc_core.model.blocks import Partition, check_block, partition_of
+from lorc_core.model.kinds import KINDS, Kind
+from lorc_core.ranks.schedules import (
     Energy,
     ErrorBudget,
     Fisher,

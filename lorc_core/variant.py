@@ -4,9 +4,7 @@ A directory with `lorc_config.json`, `factors.safetensors`, `README.md` and `man
 other file, written last). Nothing is pickled.
 """
 
-import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,16 +12,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorc_core.architecture import KINDS, Architecture, Kind
+from lorc_core.decomposition.factors import Factors, LayerFactors
 from lorc_core.errors import ArtifactError
+from lorc_core.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from lorc_core.methods import Method, method_from_dict
-from lorc_core.projection import Factors
-from lorc_core.spectra import RankSchedule
+from lorc_core.model.architecture import Architecture
+from lorc_core.model.kinds import KINDS, KeysValues, LayerKind
+from lorc_core.ranks.spectra import RankSchedule
 
 SCHEMA_VERSION = 3
 CONFIG_FILE = "lorc_config.json"
 FACTORS_FILE = "factors.safetensors"
-MANIFEST_FILE = "manifest.json"
 ADAPTERS = "adapters"
 FACTOR_TENSORS = ("up", "own_down", "mean")
 
@@ -46,7 +45,7 @@ class Variant:
     """One base model compressed by one method to one budget.
 
     `factors[layer_idx][kind]` is None where that layer's keys or values keep their full width. `adapters` are LoRA
-    matrices trained with the factors, empty for most variants; see `lorc_core.adapters`.
+    matrices trained with the factors, empty for most variants; see `lorc_core.attention.adapters`.
     """
 
     base: BaseModel
@@ -54,7 +53,7 @@ class Variant:
     method: Method
     schedule: dict[str, Any]
     ranks: RankSchedule
-    factors: tuple[dict[Kind, Factors | None], ...]
+    factors: tuple[LayerFactors, ...]
     adapters: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -132,10 +131,14 @@ def load_variant(directory: Path | str) -> Variant:
             schedule=config["schedule"],
             ranks=ranks,
             factors=tuple(
-                {
-                    kind: read_factors(directory, tensors, layer.of(kind), (layer_idx, kind), (method, architecture))
-                    for kind in KINDS
-                }
+                KeysValues(
+                    *(
+                        read_factors(
+                            directory, tensors, layer[kind], LayerKind(layer_idx, kind), (method, architecture)
+                        )
+                        for kind in KINDS
+                    )
+                )
                 for layer_idx, layer in enumerate(ranks.layers)
             ),
             adapters={
@@ -152,12 +155,12 @@ def read_factors(
     directory: Path,
     tensors: dict[str, torch.Tensor],
     ranks: tuple[int, ...],
-    place: tuple[int, Kind],
+    place: LayerKind,
     made_by: tuple[Method, Architecture],
 ) -> Factors | None:
     """The factors that the schedule asks for; None where the full width is kept."""
     method, architecture = made_by
-    axes, prefix = method.axes(*place), f"layers.{place[0]}.{place[1]}"
+    axes, prefix = method.axes(*place), f"layers.{place.layer_idx}.{place.kind}"
     if sum(ranks) == architecture.kv_width:
         return None
     partition = axes.partition(architecture)
@@ -173,40 +176,7 @@ def read_factors(
             raise ArtifactError(f"{directory / FACTORS_FILE}: {prefix}.{name} must be {shape}, it is {found}")
     up, own_down, mean = (tensors[f"{prefix}.{name}"] if name in expected else None for name in FACTOR_TENSORS)
     assert up is not None
-    return Factors(partition, ranks, up, own_down, mean, axes.rotated(architecture, place[0]))
-
-
-def write_manifest(directory: Path) -> None:
-    """Record the sha256 of every file of `directory`; until then the directory counts as unfinished."""
-    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST_FILE)
-    hashes = {path.name: file_sha256(path) for path in files}
-    partial = directory / f"{MANIFEST_FILE}.partial"
-    partial.write_text(json.dumps(hashes, indent=2) + "\n")
-    partial.rename(directory / MANIFEST_FILE)
-
-
-def check_manifest(directory: Path, required: Sequence[str] = ()) -> None:
-    """Raise ArtifactError unless the directory is finished and every file, the required ones too, is as written."""
-    manifest = directory / MANIFEST_FILE
-    if not manifest.is_file():
-        raise ArtifactError(f"{directory}: no {MANIFEST_FILE}, so there is no finished artifact in it")
-    try:
-        hashes = dict(json.loads(manifest.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{manifest}: cannot be read ({error})") from error
-    if unlisted := [name for name in required if name not in hashes]:
-        raise ArtifactError(f"{manifest}: does not list {unlisted[0]}")
-    for name, sha256 in hashes.items():
-        path = directory / name
-        if not path.is_file():
-            raise ArtifactError(f"{path}: listed in {MANIFEST_FILE} but absent")
-        if file_sha256(path) != sha256:
-            raise ArtifactError(f"{path}: altered after it was written (its sha256 is not the one in {MANIFEST_FILE})")
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return Factors(partition, ranks, up, own_down, mean, axes.rotated(architecture, place.layer_idx))
 
 
 def model_card(variant: Variant) -> str:

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from lorc_core.checkpoint import read_config
+from lorc_core.caches.memory import cache_bytes
 from lorc_core.errors import ArtifactError, NumericsError
-from lorc_core.memory import cache_bytes
+from lorc_core.model.checkpoint import read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Float
 
 from lorc_core.errors import ArtifactError
-from pipeline.tables import read_rows
-from pipeline.zoo import Gates
+from pipeline.storage.tables import read_rows
+from pipeline.zoo.schema import Gates
 
 STANDARD_ERRORS = 2  # a rise within this many standard errors of zero is no fall
 

@@ -5,18 +5,20 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from lorc_core.architecture import KINDS, Architecture, architecture_of
+from lorc_core.caches.memory import bytes_per_token, full_floats_per_token, planned_factor_floats
 from lorc_core.errors import ConfigError, LorcError
-from lorc_core.memory import bytes_per_token, full_floats_per_token, planned_factor_floats
-from lorc_core.schedule import Uniform
-from lorc_core.spectra import KindSpectrum, LayerSpectrum
+from lorc_core.model.architecture import Architecture, architecture_of
+from lorc_core.model.kinds import KINDS
+from lorc_core.ranks.schedules import Uniform
+from lorc_core.ranks.spectra import KindSpectrum, LayerSpectrum
 from pipeline.evaluation import DTYPES, device_plan
-from pipeline.graph import model_steps
-from pipeline.limits import GIB
-from pipeline.models import config_for_planning, resolve
-from pipeline.steps import Store, distinct
+from pipeline.steps.graph import model_steps
+from pipeline.steps.step import distinct
+from pipeline.storage.store import Store
 from pipeline.tracking import default_tracking_uri
-from pipeline.zoo import ModelEntry, VariantEntry, Zoo, variant_label
+from pipeline.zoo.limits import GIB
+from pipeline.zoo.models import config_for_planning, resolve
+from pipeline.zoo.schema import ModelEntry, VariantEntry, Zoo, variant_label
 from pipeline.zoo_run import wanted_steps
 
 

@@ -1,5 +1,7 @@
 """A registered variant as MLflow serves it: text in, text out. Logged as code, so nothing is pickled."""
 
+from typing import Any
+
 import mlflow
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
@@ -16,7 +18,7 @@ class CompressedModel(PythonModel):
         directory = context.artifacts["variant"]
         trusted = context.model_config["trust_remote_code"]
         _, base_dir = variant_and_base(directory)  # of a hub model the revision that was compressed, with its tokenizer
-        self.model = lorc_core.load(directory, base=base_dir, dtype="auto", trust_remote_code=trusted)
+        self.model: Any = lorc_core.load(directory, base=base_dir, dtype="auto", trust_remote_code=trusted)
         self.tokenizer = AutoTokenizer.from_pretrained(base_dir, trust_remote_code=trusted)
 
     def predict(self, context: PythonModelContext, model_input: list[str], params: dict | None = None) -> list[str]:

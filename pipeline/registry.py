@@ -27,10 +27,10 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from lorc_core.errors import ArtifactError, ConfigError
 from lorc_core.variant import load_variant
-from pipeline.artifacts import WINDOWS_FILE
 from pipeline.gates import reasons_to_refuse, text_rise
-from pipeline.tables import read_rows
-from pipeline.zoo import Gates
+from pipeline.storage.artifacts import WINDOWS_FILE
+from pipeline.storage.tables import read_rows
+from pipeline.zoo.schema import Gates
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -15,10 +15,11 @@ from mlflow.entities.model_registry import ModelVersion
 from lorc_core.errors import LorcError
 from lorc_core.loading import variant_and_base
 from pipeline.registry import champions, connect, fetch_files, read_version
-from pipeline.runner import run_steps
-from pipeline.steps import ModelLoad, Need, Outcome, Step, Store
-from pipeline.tables import collect, read_rows
-from pipeline.zoo import Resources
+from pipeline.steps.runner import run_steps
+from pipeline.steps.step import ModelLoad, Need, Outcome, Step
+from pipeline.storage.store import Store
+from pipeline.storage.tables import collect, read_rows
+from pipeline.zoo.schema import Resources
 
 VERDICT_TAG = "lorc.regression"
 

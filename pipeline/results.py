@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.gates import text_rise
-from pipeline.tables import read_rows
+from pipeline.storage.tables import read_rows
 from pipeline.zoo_run import ZooRun, registration
 
 

@@ -7,18 +7,19 @@ from pathlib import Path
 
 import torch
 
-from lorc_core.architecture import KINDS, Kind
-from lorc_core.bounds import k_svd_gaps
-from lorc_core.checkpoint import Checkpoint
-from lorc_core.curves import error_at
+from lorc_core.decomposition.bounds import k_svd_gaps
+from lorc_core.decomposition.moments import moments_of
 from lorc_core.errors import ConfigError
 from lorc_core.methods import METHODS, Axes
-from lorc_core.moments import moments_of
-from lorc_core.spectra import Energies
-from pipeline.artifacts import load_moments, load_probes, load_ranks, load_spectra
-from pipeline.graph import ModelSteps, calibrated_steps, decompose_steps, probe_step
-from pipeline.steps import Milestone, Outcome, Step, Store
-from pipeline.zoo import Zoo
+from lorc_core.model.checkpoint import Checkpoint
+from lorc_core.model.kinds import KINDS, Kind, LayerKind
+from lorc_core.ranks.curves import error_at
+from lorc_core.ranks.spectra import Energies
+from pipeline.steps.graph import ModelSteps, calibrated_steps, decompose_steps, probe_step
+from pipeline.steps.step import Milestone, Outcome, Step
+from pipeline.storage.artifacts import load_moments, load_probes, load_ranks, load_spectra
+from pipeline.storage.store import Store
+from pipeline.zoo.schema import Zoo
 from pipeline.zoo_run import plan_steps, run_wanted
 
 
@@ -122,7 +123,7 @@ def model_spectrum(zoo: Zoo, model: ModelSteps, probes: dict[str, Step], store: 
         labels = [one.label for one in model.variants if one.method == method and one.label in ranks]
         for idx, spectrum in enumerate(load_spectra([store.path(step) for step in steps])):
             for kind in KINDS:
-                found = spectrum.of(kind)
+                found = spectrum[kind]
                 rows.append(
                     SpectrumRow(
                         method=method,
@@ -166,7 +167,7 @@ def layer_gaps(zoo: Zoo, model: ModelSteps, kept_fraction: float, store: Store) 
     for layer_idx in range(shape.num_layers):
         measured = load_moments(shards, layer_idx)
         for kind in KINDS:
-            moments = moments_of(source, shape, layer_idx, kind, axes, measured)
+            moments = moments_of(source, shape, LayerKind(layer_idx, kind), axes, measured)
             gap = k_svd_gaps(moments.states, moments.readers)[rank]
             found[layer_idx, kind] = (gap / torch.sum(moments.readers * moments.states)).item()
     return found

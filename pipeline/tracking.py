@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from pipeline.steps import Store
-from pipeline.zoo import Zoo
+from pipeline.storage.store import Store
+from pipeline.zoo.schema import Zoo
 
 
 def default_tracking_uri(zoo: Zoo | None, workdir: Path) -> str:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from lorc_core.errors import LorcError
-from pipeline.graph import ModelSteps, model_steps
-from pipeline.models import resolve
-from pipeline.steps import Milestone, Outcome, Step, Store, cached_outcomes, distinct
-from pipeline.tables import collect, replace_table, rows_table
+from pipeline.steps.graph import ModelSteps, model_steps
+from pipeline.steps.step import Milestone, Outcome, Step, cached_outcomes, distinct
+from pipeline.storage.store import Store
+from pipeline.storage.tables import collect, replace_table, rows_table
 from pipeline.tracking import default_tracking_uri
-from pipeline.zoo import Zoo
+from pipeline.zoo.models import resolve
+from pipeline.zoo.schema import Zoo
 
 Until = Literal["compress", "evaluate", "register"]
 Part = tuple[dict[str, str], Step]  # of a table: the labels of its rows, and the step that writes them
@@ -111,7 +112,7 @@ def run_wanted(
     left = [step for step in steps if step.key not in done]
     outcomes = list(done.values())
     if left:
-        from pipeline.runner import run_steps  # Ray takes a second to import
+        from pipeline.steps.runner import run_steps
 
         outcomes += run_steps(left, done, store, zoo.cluster.address, on_outcome, on_progress)
     return outcomes

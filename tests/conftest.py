@@ -162,7 +162,7 @@ def write_zoo(directory, kept="[0.9, 0.1]"):
 @pytest.fixture(scope="session")
 def finished(ray_cluster, tmp_path_factory):
     """A zoo that ran to the end: its file, its work directory (with a space in its path) and the run."""
-    from pipeline.zoo_file import load_zoo
+    from pipeline.zoo.file import load_zoo
     from pipeline.zoo_run import run_zoo
 
     directory = tmp_path_factory.mktemp("finished zoo")

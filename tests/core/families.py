@@ -30,7 +30,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-from lorc_core.families import FAMILIES
+from lorc_core.model.families import FAMILIES
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {

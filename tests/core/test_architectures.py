@@ -6,6 +6,8 @@ them; plain projections hooked behind a q/k norm; the states that the untouched 
 Worst logit difference measured over all tests below, in float32: 2.9e-6; the bound is 1e-4.
 """
 
+from lorc_core.model.kinds import LayerKind
+
 import copy
 import json
 from dataclasses import replace
@@ -19,20 +21,23 @@ from transformers.models.cohere import modeling_cohere
 from transformers.models.phi3 import modeling_phi3
 
 import lorc_core
-from lorc_core.architecture import KINDS, Architecture, architecture_of
-from lorc_core.calibration import calibrate
-from lorc_core.checkpoint import Checkpoint
+from lorc_core.attention.attach import Attachment
+from lorc_core.attention.latent_attention import turns_of
+from lorc_core.attention.positions import key_rotation
 from lorc_core.compression import LoadedWeights, decompose_layer
+from lorc_core.decomposition.factors import UNTOUCHED
+from lorc_core.decomposition.moments import moments_of, position_average, projected_input
 from lorc_core.errors import ConfigError, UnsupportedModelError
-from lorc_core.families import FAMILIES, REASONS
-from lorc_core.latent_attention import key_rotation, turns_of
+from lorc_core.measurement.calibration import calibrate
 from lorc_core.methods import METHODS, Axes
-from lorc_core.moments import moments_of, position_average, projected_input
-from lorc_core.rotation import LayerRotation
-from lorc_core.runtime import Attachment
-from lorc_core.spectra import LayerRanks, RankSchedule
+from lorc_core.model.architecture import Architecture, architecture_of
+from lorc_core.model.checkpoint import Checkpoint
+from lorc_core.model.families import FAMILIES, REASONS
+from lorc_core.model.kinds import KINDS, KeysValues
+from lorc_core.model.rotation import LayerRotation
+from lorc_core.model.weights import read_bias, read_weight
+from lorc_core.ranks.spectra import LayerRanks, RankSchedule
 from lorc_core.variant import BaseModel, Variant
-from lorc_core.weights import read_bias, read_weight
 from tests.core.families import CONFIGS, WITHOUT_INTERFACE, tiny_model
 from tests.core.test_runtime import BOUND, assert_close, one_pass, token_by_token, tokens
 
@@ -81,7 +86,7 @@ def variant_with(name, method, kept):
         )
     schedule = RankSchedule(tuple(ranks), architecture.kv_width)
     factors = tuple(
-        {kind: layer[kind].factors(chosen.of(kind)).to("cpu", torch.float32) for kind in KINDS}
+        KeysValues(*(layer[kind].factors(chosen[kind]).to("cpu", torch.float32) for kind in KINDS))
         for layer, chosen in zip(layers, ranks, strict=True)
     )
     return Variant(BaseModel("", None, None), architecture, METHODS[method], {"name": "by hand"}, schedule, factors)
@@ -221,7 +226,7 @@ def test_a_whole_layer_of_a_module_that_caches_copies_is_cached_once():
     model, variant, ids = model_of("falcon-new"), half("falcon-new"), tokens(model_of("falcon-new"), columns=9)
     whole = LayerRanks((16,), (16,))
     ranks = RankSchedule((whole, *variant.ranks.layers[1:]), 16)
-    variant = replace(variant, ranks=ranks, factors=(dict.fromkeys(KINDS), *variant.factors[1:]))
+    variant = replace(variant, ranks=ranks, factors=(UNTOUCHED, *variant.factors[1:]))
     held = DynamicCache(config=model.config)
     with lorc_core.attach(model, variant):
         assert_close(token_by_token(model, ids, 5, held), one_pass(model, ids, use_cache=False))
@@ -286,7 +291,7 @@ def test_what_calibration_sees_of_modules_that_attend_by_themselves_is_what_they
         wrong = one.attend(one.rotated_key, one.value.flip(-1))
         seen.append((one, again, wrong))
 
-    with torch.inference_mode(), Attachment(model, architecture, [dict.fromkeys(KINDS)] * 3, [look] * 3).start():
+    with torch.inference_mode(), Attachment(model, architecture, [UNTOUCHED] * 3, [look] * 3):
         model(input_ids=ids, use_cache=False)
     group = architecture.num_heads // architecture.num_kv_heads
     for (one, again, wrong), output in zip(seen, expected, strict=True):
@@ -390,7 +395,7 @@ def test_query_weights_are_those_that_make_the_observed_queries(name):
     model = model_of(name)
     architecture, source = architecture_of(model.config), LoadedWeights(model)
     seen = []
-    with Attachment(model, architecture, [dict.fromkeys(KINDS)] * 3, [seen.append] * 3).start():
+    with Attachment(model, architecture, [UNTOUCHED] * 3, [seen.append] * 3):
         one_pass(model, tokens(model, columns=5), use_cache=False)
     for idx, one in enumerate(seen):
         weight, bias = (read(source, architecture, idx, "q") for read in (read_weight, read_bias))
@@ -518,13 +523,13 @@ def test_the_wrong_basis_of_two_is_seen(monkeypatch):
 
 @pytest.mark.parametrize("name", ["llama", "cohere", "gptj", "falcon-new"])
 def test_a_wrong_position_is_seen(name, monkeypatch):
-    for module, function in (("latent_attention", turns_of), ("rebuilding", key_rotation)):
+    for module, function in (("latent_attention", turns_of), ("self_attending", key_rotation)):
 
         def wrong(state, call, *args, right=function):
             call.past = 0
             return right(state, call, *args)
 
-        monkeypatch.setattr(f"lorc_core.{module}.{function.__name__}", wrong)
+        monkeypatch.setattr(f"lorc_core.attention.{module}.{function.__name__}", wrong)
     assert decode_difference(name) > 100 * BOUND
 
 
@@ -532,7 +537,7 @@ def test_a_wrong_position_is_seen(name, monkeypatch):
 def test_a_dropped_bias_is_seen(name):
     model, ids = model_of(name), tokens(model_of(name), columns=NUM_TOKENS)
     expected = one_pass(truncated(model, half(name)), ids)
-    without = [{kind: replace(one, mean=None) for kind, one in layer.items()} for layer in half(name).factors]
+    without = [layer.map(lambda one: replace(one, mean=None)) for layer in half(name).factors]
     with lorc_core.attach(model, replace(half(name), factors=tuple(without))):
         assert (one_pass(model, ids) - expected).abs().max() > 100 * BOUND
 
@@ -603,7 +608,7 @@ def test_schedules_that_measure_the_loss_take_fused_weights(name, schedule):
 
 
 def test_adapters_are_refused_for_fused_projections():
-    from lorc_core.adapters import adapted_modules
+    from lorc_core.attention.adapters import adapted_modules
 
     with pytest.raises(UnsupportedModelError, match="gpt2 holds W_q, W_k and W_v in one tensor"):
         adapted_modules(architecture_of(CONFIGS["gpt2"]))
@@ -619,7 +624,7 @@ def test_moments_before_a_norm_of_the_keys_know_no_mean():
     assert architecture.bias
     assert architecture.qk_norm
     axes = Axes("weights_with_gain", "interaction")
-    keys, values = (moments_of(LoadedWeights(model), architecture, 0, kind, axes, None) for kind in KINDS)
+    keys, values = (moments_of(LoadedWeights(model), architecture, LayerKind(0, kind), axes, None) for kind in KINDS)
     assert keys.mean is None
     assert values.mean is not None
     assert not axes.has_mean(architecture, 0, "keys")

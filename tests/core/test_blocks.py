@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorc_core.architecture import Rotary
-from lorc_core.blocks import Partition, group_size, partition_of
+from lorc_core.decomposition.decompose import decompose
+from lorc_core.decomposition.moments import Moments
 from lorc_core.errors import ConfigError
 from lorc_core.methods import Axes
-from lorc_core.moments import Moments
-from lorc_core.projection import decompose
+from lorc_core.model.blocks import Partition, group_size, partition_of
+from lorc_core.model.rotary import Rotary
 from tests.core.materialised import channels_of, dense_projection
 from tests.core.test_projection import random_matrix
 

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from lorc_core.architecture import KINDS, architecture_of
-from lorc_core.bounds import (
+from lorc_core.decomposition.bounds import (
     chain_bound,
     k_svd_gap,
     k_svd_gaps,
@@ -20,10 +19,12 @@ from lorc_core.bounds import (
     read_error,
     truncation_bound,
 )
-from lorc_core.checkpoint import Checkpoint
+from lorc_core.decomposition.decompose import balanced_factors
 from lorc_core.errors import ConfigError, NumericsError
-from lorc_core.projection import balanced_factors
-from lorc_core.weights import read_weight
+from lorc_core.model.architecture import architecture_of
+from lorc_core.model.checkpoint import Checkpoint
+from lorc_core.model.kinds import KINDS
+from lorc_core.model.weights import read_weight
 from tests.core.test_projection import random_matrix
 
 ROUNDING = 1 + 1e-12  # worst of 2,000 random matrices where a bound is reached: 1 + 6e-15

@@ -1,18 +1,22 @@
 """Calibration against moments of materialised states, and the text it reads. The reference is `materialised`."""
 
+from lorc_core.model.checkpoint import read_config
+
+from lorc_core.model.kinds import LayerKind
+
 import inspect
 
 import pytest
 import torch
 
 import lorc_core
-from lorc_core.architecture import architecture_of
-from lorc_core.calibration import batches, calibrate, calibration_sequences
 from lorc_core.compression import LoadedWeights, decompose_layer
+from lorc_core.decomposition.moments import moments_of
+from lorc_core.decomposition.projection_errors import projection_errors
 from lorc_core.errors import ArtifactError, ConfigError, NumericsError
-from lorc_core.fidelity import projection_errors
+from lorc_core.measurement.calibration import batches, calibrate, calibration_sequences
 from lorc_core.methods import METHODS, Axes
-from lorc_core.moments import moments_of
+from lorc_core.model.architecture import architecture_of
 from tests.conftest import DEMO, tiny_model
 from tests.core.materialised import dense_projection, materialise
 from tests.core.test_runtime import tokens
@@ -95,7 +99,7 @@ def test_moments_of_a_calibrated_method_are_centred_means_over_tokens(name, gqa,
         attention = model.base_model.get_submodule(architecture.attention_module(idx))
         for kind, linear in (("keys", attention.k_proj), ("values", attention.v_proj)):
             states = getattr(layer, kind).flatten(1)
-            found = moments_of(source, architecture, idx, kind, axes, calibrated[idx])
+            found = moments_of(source, architecture, LayerKind(idx, kind), axes, calibrated[idx])
             constant = torch.zeros(len(states[0])).double() if linear.bias is None else linear.bias.detach().double()
             if name == "opt":  # what the LayerNorm adds is known too
                 norm = model.model.decoder.layers[idx].self_attn_layer_norm
@@ -159,7 +163,7 @@ def test_batches_have_about_4096_tokens_and_lose_none():
 
 def test_a_text_file_is_cut_into_whole_windows_of_the_models_tokens(tmp_path):
     directory = DEMO / "stdlib-llama"
-    architecture = architecture_of(lorc_core.checkpoint.read_config(directory))
+    architecture = architecture_of(read_config(directory))
     text = "".join(f"def f{i}(x):\\n    return x + {i}\\n" for i in range(400))
     (tmp_path / "text.py").write_text(text)
     found = calibration_sequences(tmp_path / "text.py", directory, architecture)
@@ -201,7 +205,7 @@ def test_errors_of_rotated_keys_are_those_of_the_materialised_ones(method):
     source = LoadedWeights(model)
     found = decompose_layer(source, LLAMA, 1, METHODS[method], calibrated)["keys"]
     factors = found.factors([found.partition.width // 2] * found.partition.num_blocks)
-    errors = projection_errors(source, LLAMA, (1, "keys"), factors, calibrated)
+    errors = projection_errors(source, LLAMA, LayerKind(1, "keys"), factors, calibrated)
     keys = layer.rotated_keys.flatten(1)
     lost = keys - keys @ dense_projection(factors).T
     assert errors.error == pytest.approx(lost.square().sum(1).mean().sqrt().item(), rel=1e-6)

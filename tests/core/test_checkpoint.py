@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorc_core
-from lorc_core.architecture import architecture_of
-from lorc_core.checkpoint import Checkpoint, read_config
 from lorc_core.errors import ArtifactError, ConfigError, NumericsError, UnsupportedModelError
+from lorc_core.model.architecture import architecture_of
+from lorc_core.model.checkpoint import Checkpoint, read_config
 from tests.conftest import tiny_model
 
 KEY_WEIGHT = "layers.1.self_attn.k_proj.weight"

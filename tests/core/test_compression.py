@@ -1,5 +1,7 @@
 """`compress` from end to end: what it refuses and why, every schedule on real measurements, methods by layer."""
 
+from lorc_core.model.checkpoint import read_config
+
 import copy
 import json
 from dataclasses import replace
@@ -9,10 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lorc_core
-from lorc_core.architecture import KINDS, architecture_of
+from lorc_core.decomposition.factors import UNTOUCHED
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.methods import METHODS, Axes, Method, known_method, method_from_dict
-from lorc_core.schedule import SCHEDULES, ErrorBudget, Fisher, Sensitivity
+from lorc_core.model.architecture import architecture_of
+from lorc_core.model.kinds import KINDS
+from lorc_core.ranks.schedules import SCHEDULES, ErrorBudget, Fisher, Sensitivity
 from tests.conftest import DEMO, TINY_CONFIGS, tiny_model
 from tests.core.materialised import dense_projection
 from tests.core.test_runtime import one_pass, tokens
@@ -85,7 +89,7 @@ def test_a_text_file_calibrates_as_its_token_ids_do(tmp_path):
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(directory)(text.read_text())["input_ids"]
-    window = architecture_of(lorc_core.checkpoint.read_config(directory)).max_tokens
+    window = architecture_of(read_config(directory)).max_tokens
     table = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
     by_text = lorc_core.compress(directory, "kq_joint", calibration=text)
     by_ids = lorc_core.compress(directory, "kq_joint", calibration=table)
@@ -120,7 +124,7 @@ def test_every_schedule_ranks_every_kind_of_block_on_what_it_measures(schedule, 
 def test_measured_schedules_leave_skipped_layers_whole(schedule):
     model = tiny_model("llama")
     variant = lorc_core.compress(model, "kq_joint", 0.6, schedule, calibration=tokens(model, rows=4))
-    assert variant.factors[1] == dict.fromkeys(KINDS)
+    assert variant.factors[1] == UNTOUCHED
     assert variant.kept_fraction == pytest.approx(0.6, abs=0.02)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import lorc_core
 from lorc_core.errors import ArtifactError, ConfigError
 from lorc_core.methods import METHODS
-from lorc_core.schedule import Energy, Uniform
+from lorc_core.ranks.schedules import Energy, Uniform
 from tests.conftest import save_tiny_model
 from tests.core.test_runtime import BOUND, assert_close, one_pass, token_by_token, tokens
 

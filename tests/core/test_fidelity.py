@@ -1,13 +1,16 @@
 """What projections lose of keys and values, against the same measured from the model's own linear layers."""
 
+from lorc_core.model.kinds import LayerKind
+
 import pytest
 import torch
 
 import lorc_core
-from lorc_core.architecture import KINDS, architecture_of
-from lorc_core.calibration import calibrate
 from lorc_core.compression import LoadedWeights
-from lorc_core.fidelity import projection_errors
+from lorc_core.decomposition.projection_errors import projection_errors
+from lorc_core.measurement.calibration import calibrate
+from lorc_core.model.architecture import architecture_of
+from lorc_core.model.kinds import KINDS
 from tests.conftest import tiny_model
 from tests.core.materialised import attention_modules, dense_projection
 from tests.core.test_runtime import tokens
@@ -53,7 +56,7 @@ def test_the_bound_holds_where_layer_norms_have_biases(method):
     for idx, module in enumerate(attention_modules(model)):
         for kind, linear in zip(KINDS, (module.k_proj, module.v_proj), strict=True):
             factors = variant.factors[idx][kind]
-            found = projection_errors(source, architecture, (idx, kind), factors, moments[idx])
+            found = projection_errors(source, architecture, LayerKind(idx, kind), factors, moments[idx])
             inputs, weight = inputs_of(model, linear).double(), linear.weight.detach().double()
             rest = torch.eye(64).double() - dense_projection(factors)
             lost = (inputs @ weight.T + linear.bias.detach().double() - factors.mean.double()) @ rest.T

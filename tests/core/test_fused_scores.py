@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from lorc_core.blocks import Partition
-from lorc_core.projection import Factors
-from lorc_core.score_choice import CHOICES, MAX_DIFFERENCE, agree, can_fuse, choice, key_scores
-from lorc_core.unrotated_keys import UnrotatedKeys, rotated_scores
+from lorc_core.attention.scores.choice import CHOICES, MAX_DIFFERENCE, agree, can_fuse, choice, key_scores
+from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rotated_scores
+from lorc_core.decomposition.factors import Factors
+from lorc_core.model.blocks import Partition
 
 pytest.importorskip("triton", reason="Triton is made for Linux alone")
 
@@ -82,7 +82,7 @@ CASES = {
 }
 INTERPRETED = """
 import sys, torch
-from lorc_core.fused_scores import fused_rotated_scores
+from lorc_core.attention.scores.triton_kernel import fused_rotated_scores
 cases = torch.load(sys.argv[1], weights_only=False)
 torch.save({name: fused_rotated_scores(*arguments) for name, arguments in cases.items()}, sys.argv[2])
 """
@@ -140,7 +140,7 @@ def compiled(case, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lorc_core.fused_scores import kernel_arguments, score_kernel
+    from lorc_core.attention.scores.triton_kernel import kernel_arguments, score_kernel
 
     query, keys = case.arguments()
     arguments, constants = kernel_arguments(query, keys, query.new_empty(*query.shape[:3], CACHED))

@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 import lorc_core
 from lorc_core.errors import ConfigError
-from lorc_core.schedule import Energy, Uniform
+from lorc_core.ranks.schedules import Energy, Uniform
 from tests.conftest import tiny_model
 from tests.core.test_runtime import tokens
 

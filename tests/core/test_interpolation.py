@@ -23,13 +23,13 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import lorc_core
-from lorc_core import interpolation
-from lorc_core.architecture import architecture_of
-from lorc_core.blocks import Partition
-from lorc_core.interpolation import SPAN, interpolation_of, slot_scores
-from lorc_core.projection import Factors
-from lorc_core.rotation import LayerRotation
-from lorc_core.unrotated_keys import UnrotatedKeys, rotated_scores
+from lorc_core.attention.scores import interpolated as interpolation
+from lorc_core.attention.scores.interpolated import SPAN, interpolation_of, slot_scores
+from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rotated_scores
+from lorc_core.decomposition.factors import Factors
+from lorc_core.model.architecture import architecture_of
+from lorc_core.model.blocks import Partition
+from lorc_core.model.rotation import LayerRotation
 from tests.core.families import SPECIAL
 from tests.core.test_runtime import assert_close, one_pass, token_by_token, tokens
 

@@ -3,6 +3,8 @@
 Measurements are made up here; test_probes shows that the real ones are what they say.
 """
 
+from lorc_core.model.kinds import by_layer
+
 import itertools
 import json
 import math
@@ -14,13 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorc_core.architecture import KINDS
-from lorc_core.blocks import Partition
-from lorc_core.budgets import fit_bytes
 from lorc_core.errors import ConfigError, NumericsError
-from lorc_core.probes import Exchange
-from lorc_core.schedule import SCHEDULES, Energy, ErrorBudget, Fisher, Progressive, Sensitivity, Uniform
-from lorc_core.spectra import (
+from lorc_core.measurement.exchange import Exchange
+from lorc_core.model.blocks import Partition
+from lorc_core.model.kinds import KINDS, KeysValues
+from lorc_core.ranks.budgets import fit_bytes
+from lorc_core.ranks.schedules import SCHEDULES, Energy, ErrorBudget, Fisher, Progressive, Sensitivity, Uniform
+from lorc_core.ranks.spectra import (
     CurvePoint,
     ErrorLevel,
     KindSpectrum,
@@ -28,8 +30,8 @@ from lorc_core.spectra import (
     LayerSpectrum,
     Probes,
     RankSchedule,
-    Staircase,
 )
+from lorc_core.ranks.staircase import Staircase
 from tests.core.test_schedule import BLOCKS, block_spectra, check_meets_target, joint
 
 WIDTH = 32
@@ -55,18 +57,20 @@ def measured(draw, layers):
     fisher, errors, curves = [], [], []
     for _ in layers:
         fisher.append(
-            {kind: tuple(draw(st.lists(st.floats(0.01, 9), min_size=WIDTH, max_size=WIDTH))) for kind in KINDS}
+            KeysValues(*(tuple(draw(st.lists(st.floats(0.01, 9), min_size=WIDTH, max_size=WIDTH))) for _ in KINDS))
         )
         kept = sorted(draw(st.sets(st.integers(1, WIDTH), min_size=2, max_size=6)), reverse=True)
         errors.append(tuple(ErrorLevel(one, max(one // 2, 1), draw(st.integers(0, 20)) / 20) for one in kept))
         curves.append(
-            {
-                kind: (
-                    CurvePoint(WIDTH, 0.0),
-                    *(CurvePoint(one, draw(st.floats(-0.1, 1))) for one in kept if one < WIDTH),
+            KeysValues(
+                *(
+                    (
+                        CurvePoint(WIDTH, 0.0),
+                        *(CurvePoint(one, draw(st.floats(-0.1, 1))) for one in kept if one < WIDTH),
+                    )
+                    for _ in KINDS
                 )
-                for kind in KINDS
-            }
+            )
         )
     return Probes(tuple(fisher), tuple(errors), tuple(curves))
 
@@ -91,7 +95,7 @@ def test_measured_schedules_meet_the_target_in_every_block_or_say_what_they_reac
 def fisher_of(*means, width):
     """Probes with these means of keys and values, layer by layer; single channels differ."""
     channels = [tuple(mean * (1.5 if i % 2 else 0.5) for i in range(width)) for mean in means]
-    return Probes(fisher=tuple(dict(zip(KINDS, channels[i : i + 2], strict=True)) for i in range(0, len(means), 2)))
+    return Probes(fisher=by_layer(channels))
 
 
 def test_fisher_ranks_are_proportional_until_a_layer_is_full():
@@ -117,7 +121,7 @@ def test_fisher_ranks_are_highest_averages(values, kept):
 def test_fisher_shares_are_those_of_channels_however_wide_the_blocks_are():
     """Keys in 8 blocks and values in one, every channel alike: half each, not 8 to 1."""
     layers = flat_layers(Partition("group(1)", 8, 4), Partition("joint", 8, 4))
-    found = Fisher().ranks(layers, 0.5, Probes(fisher=(dict.fromkeys(KINDS, (1.0,) * WIDTH),)))
+    found = Fisher().ranks(layers, 0.5, Probes(fisher=(KeysValues.of(lambda kind: (1.0,) * WIDTH),)))
     assert floats_of(found) == [16, 16]
 
 
@@ -151,7 +155,7 @@ def convex_curve(draw, width):
 def test_sensitivity_is_the_best_of_all_allocations_on_convex_curves(data, floats):
     width = 4
     curves = [convex_curve(data.draw, width) for _ in range(4)]
-    probes = Probes(curves=tuple(dict(zip(KINDS, pair, strict=True)) for pair in (curves[:2], curves[2:])))
+    probes = Probes(curves=by_layer(curves))
     found = floats_of(Sensitivity().ranks(flat_layers(*[joint(width)] * 4), floats / 16, probes))
     assert sum(found) == floats
     rises = [{point.floats: point.rise for point in curve} for curve in curves]
@@ -167,7 +171,7 @@ def test_sensitivity_does_not_stop_on_a_bump_in_a_curve():
     """Keys at half are worse than at a quarter: the hull goes past, values pay first all the same."""
     keys = (CurvePoint(32, 0.0), CurvePoint(16, 0.9), CurvePoint(8, 0.5), CurvePoint(1, 0.6))
     values = (CurvePoint(32, 0.0), CurvePoint(1, 0.1))
-    probes = Probes(curves=({"keys": keys, "values": values},))
+    probes = Probes(curves=(KeysValues(keys, values),))
     assert floats_of(Sensitivity().ranks(flat_layers(joint(32), joint(32)), 33 / 64, probes)) == [32, 1]
 
 
@@ -202,7 +206,7 @@ def test_exchanges_never_raise_the_loss_nor_the_total(blocks, kept, data):
     best = Exchange(schedule.stairs(layers, Probes()), loss).improve(start, num_rounds=3)
     assert best.floats_per_token <= start.floats_per_token
     assert measured_losses[best.layers] <= measured_losses[start.layers]
-    assert all(sum(layer.of(kind)) >= 1 for layer in best.layers for kind in KINDS)
+    assert all(sum(layer[kind]) >= 1 for layer in best.layers for kind in KINDS)
 
 
 def test_exchanges_find_what_uniform_ranks_miss():
@@ -277,14 +281,14 @@ def test_stairs_of_a_skipped_layer_have_one_step():
 
 NAN = float("nan")
 LAYER = {
-    "fisher": dict.fromkeys(KINDS, (1.0,) * WIDTH),
+    "fisher": KeysValues.of(lambda kind: (1.0,) * WIDTH),
     "errors": (ErrorLevel(WIDTH, WIDTH, 0.0), ErrorLevel(8, 8, 0.5)),
-    "curves": dict.fromkeys(KINDS, (CurvePoint(WIDTH, 0.0), CurvePoint(8, 0.5))),
+    "curves": KeysValues.of(lambda kind: (CurvePoint(WIDTH, 0.0), CurvePoint(8, 0.5))),
 }
 BROKEN = {
-    "fisher": {"keys": (1.0,) * WIDTH, "values": (NAN, *(1.0,) * (WIDTH - 1))},
+    "fisher": KeysValues((1.0,) * WIDTH, (NAN, *(1.0,) * (WIDTH - 1))),
     "errors": (ErrorLevel(WIDTH, WIDTH, 0.0), ErrorLevel(8, 8, NAN)),
-    "curves": {"keys": LAYER["curves"]["keys"], "values": (CurvePoint(WIDTH, 0.0), CurvePoint(8, math.inf))},
+    "curves": KeysValues(LAYER["curves"].keys, (CurvePoint(WIDTH, 0.0), CurvePoint(8, math.inf))),
 }
 
 

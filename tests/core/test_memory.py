@@ -12,7 +12,7 @@ from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 import lorc_core
 from lorc_core.errors import ConfigError
-from lorc_core.schedule import Uniform
+from lorc_core.ranks.schedules import Uniform
 from tests.core.test_generation import case
 from tests.core.test_runtime import one_pass, token_by_token, tokens
 
@@ -135,7 +135,7 @@ PEAK = """
 import sys, torch, lorc_core
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM, DynamicCache
-from lorc_core.memory import cache_bytes
+from lorc_core.caches.memory import cache_bytes
 torch.set_num_threads(1)
 torch.manual_seed(0)
 config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=16, num_attention_heads=8,

@@ -1,5 +1,7 @@
 """Moments against loops over heads, tokens and positions; the read-aware projection against every other one."""
 
+from lorc_core.model.kinds import LayerKind
+
 from dataclasses import replace
 
 import pytest
@@ -7,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorc_core.architecture import architecture_of
-from lorc_core.blocks import Partition
 from lorc_core.compression import LoadedWeights
+from lorc_core.decomposition.decompose import decompose
+from lorc_core.decomposition.moments import Moments, SecondMoment, moments_of, position_average
 from lorc_core.errors import ConfigError
 from lorc_core.methods import METHODS, Axes
-from lorc_core.moments import Moments, SecondMoment, moments_of, position_average
-from lorc_core.projection import decompose
+from lorc_core.model.architecture import architecture_of
+from lorc_core.model.blocks import Partition
 from tests.conftest import tiny_model
 from tests.core.materialised import channels_of, dense_projection, rotated
 from tests.core.test_projection import joint, random_matrix
@@ -66,7 +68,7 @@ def test_weight_moments_equal_their_definition_head_by_head(name, kind, gain, gq
     model = random_gains(tiny_model(name))
     architecture = architecture_of(model.config)
     axes = Axes("weights_with_gain" if gain else "weights", "interaction", gqa=gqa)
-    moments = moments_of(LoadedWeights(model), architecture, 1, kind, axes, None)
+    moments = moments_of(LoadedWeights(model), architecture, LayerKind(1, kind), axes, None)
     attention = model.base_model.get_submodule(architecture.attention_module(1))
     size, head_dim = architecture.hidden_size, architecture.head_dim
     input_moment, shift = torch.eye(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
@@ -116,7 +118,9 @@ def test_weight_moments_equal_their_definition_head_by_head(name, kind, gain, gq
 def test_methods_that_calibrate_need_calibration():
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="needs calibration text"):
-        moments_of(LoadedWeights(model), architecture_of(model.config), 0, "keys", METHODS["kq_joint"].keys, None)
+        moments_of(
+            LoadedWeights(model), architecture_of(model.config), LayerKind(0, "keys"), METHODS["kq_joint"].keys, None
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-llama3-scaling", "qwen2"])
@@ -157,7 +161,7 @@ def test_weight_moments_after_the_rotation_are_those_of_rotated_biased_states(na
         return turned.flatten(0, 1) / num_positions**0.5
 
     axes = Axes("weights", "interaction", block, "post_rope")
-    found = moments_of(LoadedWeights(model), architecture, 2, "keys", axes, None)
+    found = moments_of(LoadedWeights(model), architecture, LayerKind(2, "keys"), axes, None)
     keys = averaged(columns(attention.k_proj, architecture.num_kv_heads)).flatten(1)
     queries = averaged(columns(attention.q_proj, architecture.num_heads))
     group = architecture.num_heads // architecture.num_kv_heads

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 import lorc_core
 from lorc_core.errors import ConfigError, UnsupportedModelError
 from lorc_core.methods import METHODS
-from lorc_core.schedule import Energy, Uniform
-from lorc_core.spectra import LayerRanks
+from lorc_core.model.kinds import KeysValues
+from lorc_core.ranks.schedules import Energy, Uniform
+from lorc_core.ranks.spectra import LayerRanks
 from tests.core import families
 from tests.core.test_export import GREEDY, make_variant, random_adapters
 from tests.core.test_generation import padded_batch
@@ -121,7 +122,7 @@ def test_paged_cache_has_heads_of_the_smaller_size(tmp_path):
 def test_unequal_ranks_are_padded_and_said(tmp_path):
     model, small = save_variant(tmp_path, "qwen2", "kq_svd", kept=0.25)
     large = save_variant(tmp_path, "qwen2", "kq_svd", kept=0.75)[1]
-    factors = tuple({"keys": large.factors[idx]["keys"], "values": small.factors[idx]["values"]} for idx in range(3))
+    factors = tuple(KeysValues(large.factors[idx].keys, small.factors[idx].values) for idx in range(3))
     layers = tuple(LayerRanks(large.ranks.layers[idx].keys, small.ranks.layers[idx].values) for idx in range(3))
     variant = replace(large, factors=factors, ranks=replace(large.ranks, layers=layers))
     variant.save(tmp_path / "variant")

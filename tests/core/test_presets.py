@@ -10,10 +10,11 @@ from functools import cache
 import pytest
 import torch
 
-from lorc_core.architecture import KINDS, architecture_of
-from lorc_core.calibration import calibrate
 from lorc_core.compression import LoadedWeights, decompose_layer
+from lorc_core.measurement.calibration import calibrate
 from lorc_core.methods import METHODS, Axes
+from lorc_core.model.architecture import architecture_of
+from lorc_core.model.kinds import KINDS
 from tests.conftest import tiny_model
 from tests.core.materialised import attention_modules, channels_of, dense_projection, materialise
 from tests.core.test_runtime import tokens

@@ -16,13 +16,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 import lorc_core
-from lorc_core.architecture import KINDS, architecture_of
-from lorc_core.calibration import calibrate
-from lorc_core.compression import LoadedWeights, decompose_layer, slice_layer
-from lorc_core.memory import planned_factor_floats
+from lorc_core.caches.memory import planned_factor_floats
+from lorc_core.compression import LoadedWeights, decompose_layer
+from lorc_core.decomposition.factors import slice_layer
+from lorc_core.measurement.calibration import calibrate
 from lorc_core.methods import METHODS, Axes, Method
-from lorc_core.schedule import Energy
-from lorc_core.spectra import LayerRanks, RankSchedule
+from lorc_core.model.architecture import architecture_of
+from lorc_core.model.kinds import KINDS
+from lorc_core.ranks.schedules import Energy
+from lorc_core.ranks.spectra import LayerRanks, RankSchedule
 from lorc_core.variant import BaseModel, Variant
 from tests.conftest import TINY_CONFIGS, tiny_model
 from tests.core.materialised import attention_modules, channels_of, dense_projection
@@ -214,10 +216,7 @@ def test_full_rank_is_the_baseline(method, name):
         assert torch.equal(one_pass(model, tokens(model)), baseline)
     _, layers = decomposed(model, EVERY_METHOD[method])
     factors = tuple(
-        {
-            kind: one.factors([one.partition.width] * one.partition.num_blocks).to("cpu", torch.float32)
-            for kind, one in layer.items()
-        }
+        layer.map(lambda one: one.factors([one.partition.width] * one.partition.num_blocks).to("cpu", torch.float32))
         for layer in layers
     )
     with lorc_core.attach(model, replace(whole, factors=factors)):

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 import lorc_core
-from lorc_core.architecture import KINDS, architecture_of
-from lorc_core.calibration import calibrate
 from lorc_core.compression import LoadedWeights, decompose_layer
 from lorc_core.errors import NumericsError
+from lorc_core.measurement.calibration import calibrate
+from lorc_core.measurement.probes import attention_errors, fisher_information, loss_curves, mean_loss
 from lorc_core.methods import METHODS
-from lorc_core.probes import attention_errors, fisher_information, loss_curves, mean_loss
-from lorc_core.schedule import Sensitivity
-from lorc_core.spectra import LayerRanks
+from lorc_core.model.architecture import architecture_of
+from lorc_core.model.kinds import KINDS
+from lorc_core.ranks.schedules import Sensitivity
+from lorc_core.ranks.spectra import LayerRanks
 from tests.conftest import tiny_model
 from tests.core.materialised import attention_modules, dense_projection, materialise, output_linear, rotated
 from tests.core.test_runtime import tokens

@@ -3,19 +3,25 @@
 Equal up to rounding: worst of all cases below 2e-14 of the largest number, bound 1e-12.
 """
 
+import lorc_core.attention.scores.rebuilt
 import pytest
 import torch
 from transformers import DynamicCache
 
 import lorc_core
-import lorc_core.unrotated_keys
-from lorc_core.architecture import Rotary
-from lorc_core.blocks import Partition
-from lorc_core.growing_cache import GrowingCache, GrowingLayer
-from lorc_core.projection import Factors
-from lorc_core.reading import mixed, reader_of, scores_of, turned, weighted
-from lorc_core.rotation import LayerRotation, Rotation, rotate
-from lorc_core.unrotated_keys import UnrotatedKeys, rotated_scores
+from lorc_core.attention.scores.absorbed import (
+    apply_rotary,
+    attend_values,
+    attention_scores,
+    attention_weights,
+    latent_reader,
+)
+from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rotated_scores
+from lorc_core.caches.growing import GrowingCache, GrowingLayer
+from lorc_core.decomposition.factors import Factors
+from lorc_core.model.blocks import Partition
+from lorc_core.model.rotary import Rotary
+from lorc_core.model.rotation import LayerRotation, Rotation, rotate
 from tests.conftest import tiny_model
 from tests.core.test_runtime import one_pass, token_by_token, tokens
 
@@ -55,21 +61,22 @@ def test_absorbed_queries_and_outputs_are_those_of_rebuilt_states(name):
     latents, query = random(2, 1, CACHED, sum(factors.ranks), seed=3), random(2, HEADS, NEW, HEAD_DIM, seed=4)
     weights = random(2, HEADS, NEW, CACHED, seed=5).softmax(-1)
     rebuilt = whole(factors.rebuild(latents))
-    reader = reader_of(factors, None, KV_HEADS)
+    reader = latent_reader(factors, None, KV_HEADS)
     assert reader.num_heads == {"head": 4, "groups of one rank": 2}.get(name, 1)
-    assert_same(scores_of(reader.absorb(query), reader.heads(latents)), query @ rebuilt.mT)
-    shifted = reader_of(factors, offset, KV_HEADS)
+    assert_same(attention_scores(reader.absorb(query), reader.heads(latents)), query @ rebuilt.mT)
+    shifted = latent_reader(factors, offset, KV_HEADS)
     expected = weights @ (rebuilt + whole(offset.expand(2, 1, CACHED, -1)))
-    assert_same(shifted.restore(mixed(weights, shifted.heads(latents))), expected)
-    assert (reader.restore(mixed(weights, reader.heads(latents))) - expected).abs().max() > 0.1  # the control
+    assert_same(shifted.restore(attend_values(weights, shifted.heads(latents))), expected)
+    assert (reader.restore(attend_values(weights, reader.heads(latents))) - expected).abs().max() > 0.1  # the control
 
 
 def test_whole_states_are_read_as_they_are():
     states, query = random(2, 1, CACHED, KV_HEADS * HEAD_DIM), random(2, HEADS, NEW, HEAD_DIM, seed=1)
-    reader = reader_of(None, None, KV_HEADS)
-    assert_same(scores_of(reader.absorb(query), reader.heads(states)), query @ whole(states).mT)
+    reader = latent_reader(None, None, KV_HEADS)
+    assert_same(attention_scores(reader.absorb(query), reader.heads(states)), query @ whole(states).mT)
     assert_same(
-        reader.restore(mixed(weights := query @ whole(states).mT, reader.heads(states))), weights @ whole(states)
+        reader.restore(attend_values(weights := query @ whole(states).mT, reader.heads(states))),
+        weights @ whole(states),
     )
 
 
@@ -84,7 +91,7 @@ def rotation_of(num_channels, *, interleaved, positions):
 @pytest.mark.parametrize("name", ["joint", "head", "groups of one rank", "groups of two ranks"])
 def test_rotated_scores_are_those_of_rebuilt_and_rotated_keys(name, num_channels, interleaved, chunk, monkeypatch):
     row_bytes = 2 * KV_HEADS * HEAD_DIM * 8
-    monkeypatch.setattr(lorc_core.unrotated_keys, "CPU_CHUNK_BYTES", chunk * row_bytes)
+    monkeypatch.setattr(lorc_core.attention.scores.rebuilt, "CPU_CHUNK_BYTES", chunk * row_bytes)
     factors, offset = random_factors(*PARTITIONS[name]), random(KV_HEADS * HEAD_DIM, seed=2)
     latents, query = random(2, 1, CACHED, sum(factors.ranks), seed=3), random(2, HEADS, NEW, HEAD_DIM, seed=4)
     layer, keys_at = rotation_of(num_channels, interleaved=interleaved, positions=torch.arange(CACHED)[None])
@@ -94,7 +101,7 @@ def test_rotated_scores_are_those_of_rebuilt_and_rotated_keys(name, num_channels
     def found(order):
         own = factors if order is None else factors.reordered(order)
         in_order = offset if order is None else offset.unflatten(0, (KV_HEADS, -1))[:, order].flatten()
-        rotated = turned(query if order is None else query[..., order], queries_at.turns()[:, None])
+        rotated = apply_rotary(query if order is None else query[..., order], queries_at.turns()[:, None])
         return rotated_scores(rotated, UnrotatedKeys(latents, own, in_order, keys_at.turns()))
 
     assert_same(found(layer.pair_order(HEAD_DIM)), expected)
@@ -107,16 +114,16 @@ def test_turns_are_made_anew_for_what_must_not_be_overwritten():
     states = random(1, 2, 5, HEAD_DIM)
     kept = states.clone()
     expected = rotate(states, rotation)
-    assert_same(turned(states, rotation.turns()[:, None]), expected)
+    assert_same(apply_rotary(states, rotation.turns()[:, None]), expected)
     assert torch.equal(states, kept)
-    assert_same(turned(states, rotation.turns()[:, None], may_overwrite=True), expected)
+    assert_same(apply_rotary(states, rotation.turns()[:, None], may_overwrite=True), expected)
     assert_same(states, expected)
 
 
 def test_turns_of_half_precision_are_computed_in_float32():
     rotation = Rotation(torch.ones(1, 3, 4).bfloat16(), torch.zeros(1, 3, 4).bfloat16(), interleaved=False)
     assert rotation.turns().dtype == torch.complex64
-    assert turned(torch.ones(1, 3, 6).bfloat16(), rotation.turns()).dtype == torch.bfloat16
+    assert apply_rotary(torch.ones(1, 3, 6).bfloat16(), rotation.turns()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -126,8 +133,8 @@ def test_weights_are_those_of_masked_softmax(softcap):
     capped = logits if softcap is None else softcap * (logits / softcap).tanh()
     expected = capped.masked_fill(~allowed, float("-inf")).softmax(-1)
     added = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float64).min)
-    assert_same(weighted(logits, allowed, softcap), expected)
-    assert_same(weighted(logits, added, softcap), expected)
+    assert_same(attention_weights(logits, allowed, softcap), expected)
+    assert_same(attention_weights(logits, added, softcap), expected)
 
 
 @pytest.mark.parametrize("method", ["lorc", "lorc_q"])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lorc_core.architecture import architecture_of
-from lorc_core.rotation import LayerRotation
-from lorc_core.slot_turns import SlotTurns
+from lorc_core.attention.scores.slot_turns import SlotTurns
+from lorc_core.model.architecture import architecture_of
+from lorc_core.model.rotation import LayerRotation
 from tests.core.families import CONFIGS, tiny_model
 
 VARYING = {"llama-dynamic", "phi3-longrope"}  # their angles change with the length of the text

@@ -12,13 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import lorc_core
-from lorc_core.architecture import KINDS, architecture_of
+from lorc_core.attention.latent_attention import turns_of
+from lorc_core.attention.latent_cache import LatentCache
 from lorc_core.errors import ConfigError
-from lorc_core.latent_attention import turns_of
-from lorc_core.latent_cache import LatentCache
 from lorc_core.methods import METHODS
-from lorc_core.schedule import Uniform
-from lorc_core.spectra import LayerRanks, RankSchedule
+from lorc_core.model.architecture import architecture_of
+from lorc_core.model.kinds import KINDS, KeysValues
+from lorc_core.ranks.schedules import Uniform
+from lorc_core.ranks.spectra import LayerRanks, RankSchedule
 from tests.conftest import DEMO, tiny_model
 
 BOUND = 1e-4
@@ -166,7 +167,7 @@ def test_a_wrong_key_position_is_seen(monkeypatch):
         call.past = 0
         return turns_of(state, call, query, key)
 
-    monkeypatch.setattr("lorc_core.latent_attention.turns_of", wrong)
+    monkeypatch.setattr("lorc_core.attention.latent_attention.turns_of", wrong)
     model = tiny_model("llama")
     with lorc_core.attach(model, lorc_core.compress(model, "lorc", schedule="uniform")):
         difference = token_by_token(model, tokens(model), 7) - one_pass(model, tokens(model), use_cache=False)
@@ -205,7 +206,9 @@ def test_keys_and_values_and_layers_may_differ():
     full = lorc_core.compress(model, "lorc", kept_fraction=0.5, schedule="uniform")
     layers = (LayerRanks((32,), (10,)), LayerRanks((7,), (32,)), LayerRanks((32,), (32,)))
     kept = tuple(
-        {kind: None if layer.floats(kind) == 32 else rank_of(model, idx, kind, layer.floats(kind)) for kind in KINDS}
+        KeysValues(
+            *(None if layer.floats(kind) == 32 else rank_of(model, idx, kind, layer.floats(kind)) for kind in KINDS)
+        )
         for idx, layer in enumerate(layers)
     )
     ranks = RankSchedule(layers, kv_width=32)
@@ -305,7 +308,9 @@ def test_a_failed_attach_leaves_the_model_as_it_was(monkeypatch):
     variant = lorc_core.compress(model)
     baseline = one_pass(model, tokens(model))
     with monkeypatch.context() as patch:
-        patch.setattr("lorc_core.latent_cache.Factors.to", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
+        patch.setattr(
+            "lorc_core.decomposition.factors.Factors.to", lambda *_: (_ for _ in ()).throw(MemoryError("full"))
+        )
         with pytest.raises(MemoryError):
             lorc_core.attach(model, variant)
     assert torch.equal(one_pass(model, tokens(model)), baseline)

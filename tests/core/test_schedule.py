@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorc_core.architecture import KINDS
-from lorc_core.blocks import Partition
 from lorc_core.errors import ConfigError, NumericsError
-from lorc_core.schedule import (
+from lorc_core.model.blocks import Partition
+from lorc_core.model.kinds import KINDS
+from lorc_core.ranks.schedules import (
     Energy,
     Progressive,
     Uniform,
@@ -23,7 +23,8 @@ from lorc_core.schedule import (
     known_schedule,
     schedule_from_dict,
 )
-from lorc_core.spectra import KindSpectrum, LayerRanks, LayerSpectrum, Staircase
+from lorc_core.ranks.spectra import KindSpectrum, LayerRanks, LayerSpectrum
+from lorc_core.ranks.staircase import Staircase
 
 BLOCKS = ["joint", "group(2)", "head", "frequency"]
 
@@ -275,7 +276,7 @@ def check_meets_target(schedule, layers, kept, probes):
     steps = []
     for idx, (layer, ranks) in enumerate(zip(layers, found.layers, strict=True)):
         for kind in KINDS:
-            partition, chosen = layer.of(kind).partition, ranks.of(kind)
+            partition, chosen = layer[kind].partition, ranks[kind]
             assert len(chosen) == partition.num_blocks
             assert sum(chosen) >= 1
             if idx in schedule.skip_layers:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorc_core
-from lorc_core.schedule import Uniform
+from lorc_core.ranks.schedules import Uniform
 from tests.core.materialised import attention_modules, output_linear, rotated
 from tests.core.test_generation import case
 from tests.core.test_runtime import one_pass, tokens

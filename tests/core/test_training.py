@@ -1,5 +1,7 @@
 """Trained projections: rotations stay orthogonal, training goes on where it was stopped, and it helps."""
 
+from lorc_core.model.kinds import LayerKind
+
 import copy
 from dataclasses import replace
 
@@ -7,14 +9,15 @@ import pytest
 import torch
 
 import lorc_core
-from lorc_core.architecture import KINDS, architecture_of
-from lorc_core.bounds import read_error
-from lorc_core.calibration import calibrate
 from lorc_core.compression import LoadedWeights, decompose_layer
+from lorc_core.decomposition.bounds import read_error
+from lorc_core.decomposition.moments import moments_of
 from lorc_core.errors import ConfigError
+from lorc_core.measurement.calibration import calibrate
+from lorc_core.measurement.training import Trainer, change_basis, trained_layers
 from lorc_core.methods import METHODS, Training
-from lorc_core.moments import moments_of
-from lorc_core.training import Trainer, rotated_decomposition, trained_layers
+from lorc_core.model.architecture import architecture_of
+from lorc_core.model.kinds import KINDS
 from tests.conftest import tiny_model
 
 SETTINGS = Training(num_steps=12, batch_size=8, eval_every=4, learning_rate=0.003)
@@ -46,8 +49,8 @@ def test_training_lowers_the_divergence_and_keeps_the_model_and_orthogonality(me
     start = Trainer(model, trainer.layers, SETTINGS)
     with start.attached() as attachment:
         assert states[-1].best < 0.98 * start.divergence(attachment, text(model)[::8])
-    for layer in states[-1].rotations:
-        for rotation in layer.values():
+    for layer in states[-1].bases:
+        for rotation in layer:
             identity = torch.eye(rotation.shape[-1]).expand_as(rotation)
             torch.testing.assert_close(rotation.mT @ rotation, identity, rtol=0, atol=1e-5)
             assert (rotation - identity).abs().max() > 1e-3
@@ -55,7 +58,7 @@ def test_training_lowers_the_divergence_and_keeps_the_model_and_orthogonality(me
     assert [parameter.requires_grad for parameter in model.parameters()] == settings
 
 
-def test_training_goes_on_from_its_checkpoint_to_the_same_rotations(tmp_path):
+def test_training_goes_on_from_its_checkpoint_to_the_same_bases(tmp_path):
     model = tiny_model("llama")
     layers = decomposed(model, "kq_joint")
     *_, whole = Trainer(model, layers, SETTINGS).train(text(model))
@@ -64,7 +67,7 @@ def test_training_goes_on_from_its_checkpoint_to_the_same_rotations(tmp_path):
     interrupted.close()  # as a killed worker
     resumed = list(Trainer(model, layers, SETTINGS).train(text(model), tmp_path))
     assert [state.step for state in resumed] == [8, 12, 12]
-    for one, other in zip(resumed[-1].rotations, whole.rotations, strict=True):
+    for one, other in zip(resumed[-1].bases, whole.bases, strict=True):
         for kind in KINDS:
             torch.testing.assert_close(one[kind], other[kind], rtol=0, atol=1e-6)
 
@@ -87,9 +90,9 @@ def test_rotated_energies_are_what_each_direction_saves(method):
     blocks, width = layer.up.shape[:2]
     rotation = torch.linalg.qr(torch.randn(blocks, width, width, generator=generator, dtype=torch.float64))[0]
     axes = METHODS[method].values
-    found = rotated_decomposition(layer, rotation, axes.reader)
+    found = change_basis(layer, rotation, axes.reader)
     calibrated = calibrate(model, [text(model)])[1]
-    moments = moments_of(LoadedWeights(model), architecture, 1, "values", axes, calibrated)
+    moments = moments_of(LoadedWeights(model), architecture, LayerKind(1, "values"), axes, calibrated)
     states, readers = (layer.partition.diagonal(moment) for moment in (moments.states, moments.readers))
     for block in range(blocks):
         M = readers[block] if axes.reader == "interaction" else torch.eye(width, dtype=torch.float64)
@@ -105,8 +108,8 @@ def test_the_full_rank_of_rotated_factors_is_still_the_identity():
     model = tiny_model("llama")
     layers = decomposed(model, "kq_joint")
     *_, last = Trainer(model, layers, SETTINGS).train(text(model))
-    for layer in trained_layers(layers, last.rotations, METHODS["matryoshka"]):
-        for found in layer.values():
+    for layer in trained_layers(layers, last.bases, METHODS["matryoshka"]):
+        for found in layer:
             product = found.up @ found.own_down
             identity = torch.eye(product.shape[-1], dtype=product.dtype).expand_as(product)
             torch.testing.assert_close(product, identity, rtol=0, atol=1e-4)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import lorc_core
 from lorc_core.errors import ArtifactError, ConfigError
-from lorc_core.variant import check_manifest, write_manifest
+from lorc_core.manifest import check_manifest, write_manifest
 from tests.conftest import DEMO, tiny_model
 from tests.core.test_runtime import one_pass, tokens
 
@@ -181,7 +181,7 @@ def test_model_and_directory_compress_alike(save_tiny):
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     from_memory, from_disk = lorc_core.compress(model), lorc_core.compress(directory)
     for one, other in zip(from_memory.factors, from_disk.factors, strict=True):
-        assert all(torch.equal(one[kind].up, other[kind].up) for kind in one if one[kind] is not None)
+        assert all(torch.equal(mine.up, its.up) for mine, its in zip(one, other, strict=True) if mine is not None)
 
 
 def test_model_card_says_what_is_kept(saved):

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from jobs.bench_capacity import largest, try_to_decode
-from jobs.bench_models import Subject, bench_model, contenders_of
+from jobs.bench.capacity import largest, try_to_decode
+from jobs.bench.models import Subject, bench_model, contenders_of
 
 pytestmark = [
     pytest.mark.gpu,

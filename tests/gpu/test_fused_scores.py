@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorc_core.score_choice import key_scores
-from lorc_core.unrotated_keys import UnrotatedKeys, rotated_scores
+from lorc_core.attention.scores.choice import key_scores
+from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rotated_scores
 from tests.core.test_fused_scores import CACHED, CASES, Case, difference, in_float32
 
 pytest.importorskip("triton", reason="Triton is made for Linux alone")
-from lorc_core.fused_scores import fused_rotated_scores
+from lorc_core.attention.scores.triton_kernel import fused_rotated_scores
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,7 +41,7 @@ def test_fused_scores_are_those_of_rebuilt_and_rotated_keys(name, dtype):
 def test_the_choice_is_measured_once_in_a_setting_and_right_either_way(dtype, monkeypatch):
     case = replace(LLAMA, dtype=dtype)
     given = on_gpu(*case.arguments())
-    monkeypatch.setattr("lorc_core.score_choice.CHOICES", choices := {})
+    monkeypatch.setattr("lorc_core.attention.scores.choice.CHOICES", choices := {})
     with torch.no_grad():
         found = [key_scores(*given, None).cpu() for _ in range(2)]
     assert len(choices) == 1
@@ -51,7 +51,7 @@ def test_the_choice_is_measured_once_in_a_setting_and_right_either_way(dtype, mo
 
 def test_nothing_is_timed_while_gradients_are_on_or_a_graph_is_captured(monkeypatch):
     given = on_gpu(*replace(LLAMA, head_dim=64).arguments())
-    monkeypatch.setattr("lorc_core.score_choice.CHOICES", choices := {})
+    monkeypatch.setattr("lorc_core.attention.scores.choice.CHOICES", choices := {})
     key_scores(*given, None)
     with torch.no_grad(), torch.cuda.graph(torch.cuda.CUDAGraph()):
         key_scores(*given, None)

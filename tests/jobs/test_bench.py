@@ -6,10 +6,11 @@ import re
 import pytest
 import torch
 
-from jobs import bench_calibrate, bench_scores
-from jobs.bench_capacity import Capacity, largest
-from jobs.bench_models import Subject, bench_model
-from jobs.bench_svd import accuracy_table, relative_error, weight_of_condition
+from jobs.bench import calibrate as bench_calibrate
+from jobs.bench import scores as bench_scores
+from jobs.bench.capacity import Capacity, largest
+from jobs.bench.models import Subject, bench_model
+from jobs.bench.svd import accuracy_table, relative_error, weight_of_condition
 from tests.conftest import save_tiny_model
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from jobs.cli import main
 from lorc_core.compression import compress
+from lorc_core.manifest import write_manifest
 from lorc_core.methods import METHODS
-from lorc_core.variant import write_manifest
 from pipeline.registry import VARIANT_PATH, connect, find_version
 from tests.conftest import REPOSITORY, save_tiny_model, tiny_model, write_zoo
 from tests.pipeline.test_calibrated_run import write

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import lorc_core
 from lorc_core.methods import METHODS
-from pipeline.artifacts import load_moments
 from pipeline.results import results
-from pipeline.steps import distinct
-from pipeline.tables import read_rows
-from pipeline.zoo_file import load_zoo
+from pipeline.steps.step import distinct
+from pipeline.storage.artifacts import load_moments
+from pipeline.storage.tables import read_rows
+from pipeline.zoo.file import load_zoo
 from pipeline.zoo_run import plan_steps, run_zoo, wanted_steps
 from tests.conftest import DEMO, save_tiny_model
 from tests.pipeline.test_zoo_run import statuses
@@ -187,7 +187,7 @@ def test_training_runs_once_for_all_budgets_and_leaves_no_checkpoint(measured, d
     assert not list((directory / "work" / "training").glob("*/*"))
 
 
-def test_training_whose_worker_is_killed_goes_on_to_the_same_rotations(measured, directory, ray_cluster):
+def test_training_whose_worker_is_killed_goes_on_to_the_same_bases(measured, directory, ray_cluster):
     """At the first milestone; the training of one model is taken out of the finished run and done again."""
     zoo_file, run = measured
     step = run.models[0].variants[-1].variant.inputs["trained"]
@@ -207,8 +207,8 @@ def test_training_whose_worker_is_killed_goes_on_to_the_same_rotations(measured,
     looks, later = ([row["step"] for row in read_rows(place, "training")] for place in (whole, run.store.path(step)))
     assert 0 < len(later) < len(looks), "training must go on from its checkpoint, not begin again"
     assert later == looks[-len(later) :]
-    expected = load_file(whole / "rotations.safetensors")
-    for name, rotation in load_file(run.store.path(step) / "rotations.safetensors").items():
+    expected = load_file(whole / "bases.safetensors")
+    for name, rotation in load_file(run.store.path(step) / "bases.safetensors").items():
         torch.testing.assert_close(rotation, expected[name], rtol=0, atol=1e-5)
 
 

@@ -6,11 +6,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorc_core
-from lorc_core.checkpoint import read_config
 from lorc_core.errors import ArtifactError, ConfigError, NumericsError
+from lorc_core.model.checkpoint import read_config
 from pipeline.evaluation import device_plan, loaded_model, window_losses
-from pipeline.texts import load_rows, pin_windows, text_tokens, token_stream, tokenizer_identity
-from pipeline.zoo import TextEntry
+from pipeline.zoo.schema import TextEntry
+from pipeline.zoo.texts import load_rows, pin_windows, text_tokens, token_stream, tokenizer_identity
 from tests.conftest import REPOSITORY, tiny_model
 
 GIB = 1024**3

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from lorc_core.errors import ConfigError
-from pipeline.steps import Step, Store, cached_outcomes, distinct
+from pipeline.steps.step import Step, cached_outcomes, distinct
+from pipeline.storage.store import Store
 
 RECIPE = {"model_fingerprint": "abc", "method": "lorc", "layer_idx": 3, "fields": {"b": [1, 2], "a": None}}
 

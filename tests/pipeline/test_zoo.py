@@ -7,9 +7,9 @@ import yaml
 
 from lorc_core.errors import ConfigError
 from lorc_core.methods import METHODS, Axes, method_from_dict
-from lorc_core.schedule import Progressive, Uniform
-from pipeline.zoo import cautions, variant_label
-from pipeline.zoo_file import load_zoo
+from lorc_core.ranks.schedules import Progressive, Uniform
+from pipeline.zoo.file import load_zoo
+from pipeline.zoo.schema import cautions, variant_label
 from tests.conftest import REPOSITORY, ZOO
 
 

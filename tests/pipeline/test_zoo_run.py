@@ -19,9 +19,9 @@ import lorc_core
 from lorc_core.errors import ConfigError
 from pipeline.registry import connect
 from pipeline.results import results
-from pipeline.runner import cluster, what_lacks
-from pipeline.steps import Need
-from pipeline.zoo_file import load_zoo
+from pipeline.steps.runner import cluster, what_lacks
+from pipeline.steps.step import Need
+from pipeline.zoo.file import load_zoo
 from pipeline.zoo_run import run_zoo
 from tests.conftest import save_tiny_model, write_zoo
 

@@ -1,0 +1,97 @@
+"""Benchmark of reading keys cached before the rotation: `lorc bench scores`.
+
+One new token's scores by rebuilding all keys with torch, over that by interpolation on a CPU, by the Triton kernel on a
+GPU; on random latents.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from statistics import median
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from jobs.bench.models import DTYPES, check_known, seconds_of
+from jobs.screen import console
+from lorc_core.attention.scores.choice import CHOICES, key_scores, setting_of
+from lorc_core.attention.scores.interpolated import interpolation_of, slot_scores
+from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rotated_scores
+from lorc_core.decomposition.factors import Factors
+from lorc_core.model.blocks import Partition
+from lorc_core.model.rotation import Rotation
+
+HEADS = ((16, 8), (32, 8), (32, 32))  # query heads, kv heads
+HEAD_DIM = 128
+KEPT = 0.25
+ROPE_BASES = (1e4, 5e5)
+ROUNDS = 15
+
+
+def case(
+    heads: tuple[int, int], base: float, context: int, batch_size: int, dtype: str
+) -> tuple[Tensor, UnrotatedKeys]:
+    """A query and the keys that it reads, with a LLaMA's rotation."""
+    num_heads, num_kv_heads = heads
+    like = {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": getattr(torch, dtype)}
+    facts: dict[str, Any] = {"head_dim": HEAD_DIM, "rope_theta": base, "max_position_embeddings": context}
+    rotary = LlamaRotaryEmbedding(LlamaConfig(**facts))
+    cos, sin = rotary(torch.zeros(1), torch.arange(context)[None])
+    turns = Rotation(cos, sin, interleaved=False).turns().to(like["device"])
+    partition = Partition("joint", num_kv_heads, HEAD_DIM)
+    rank = int(KEPT * partition.width)
+    factors = Factors(partition, (rank,), torch.randn(partition.width, rank, **like), None, None)
+    latents = torch.randn(batch_size, 1, context, rank, **like)
+    return torch.randn(batch_size, num_heads, 1, HEAD_DIM, **like), UnrotatedKeys(latents, factors, None, turns)
+
+
+def others(query: Tensor, keys: UnrotatedKeys) -> dict[str, Callable[[], Tensor]]:
+    """The other ways that this device has."""
+    if not query.is_cuda:
+        return {"interpolated": partial(slot_scores, query, keys, interpolation_of(keys.turns))}
+    from lorc_core.attention.scores.triton_kernel import fused_rotated_scores
+
+    return {"fused": partial(fused_rotated_scores, query, keys)}
+
+
+def rebuilds(query: Tensor, keys: UnrotatedKeys) -> bool:
+    """Whether decoding rebuilds all keys with torch in this setting."""
+    if not query.is_cuda:
+        return not interpolation_of(keys.turns).saves(query, keys)
+    key_scores(query, keys, None)  # the first call in a setting decides
+    return CHOICES.get(setting_of(query, keys), rotated_scores) is rotated_scores
+
+
+def medians(ways: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+    """Seconds of each, in turn, after one round that is not counted."""
+    seconds = [{name: seconds_of(way) for name, way in ways.items()} for _ in range(ROUNDS + 1)][1:]
+    return {name: median(one[name] for one in seconds) for name in ways}
+
+
+@torch.inference_mode()
+def main(context: int, batch_size: int, dtype: str) -> None:
+    """Print the table.
+
+    Raises:
+        ConfigError: The dtype is not known.
+    """
+    check_known("dtype", [dtype], DTYPES)
+    screen = console()
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+    screen.print(f"{where}, torch {torch.__version__}, {dtype}, {context:,} slots, batch {batch_size}, kept {KEPT:g}")
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("query heads", "kv heads", "rope base", "rebuilt, ms", "way", "over rebuilt", "chosen"):
+        table.add_column(name, justify="left" if name == "way" else "right")
+    for heads, base in product(HEADS, ROPE_BASES):
+        query, keys = case(heads, base, context, batch_size, dtype)
+        found = medians({"rebuilt": partial(rotated_scores, query, keys), **others(query, keys)})
+        rebuilt = found.pop("rebuilt")
+        for way, seconds in found.items():
+            over_rebuilt, verdict = f"{seconds / rebuilt:.2f}", "no" if rebuilds(query, keys) else "yes"
+            table.add_row(*map(str, heads), f"{base:g}", f"{1e3 * rebuilt:.1f}", way, over_rebuilt, verdict)
+    screen.print(table)

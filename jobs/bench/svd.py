@@ -1,0 +1,140 @@
+"""Benchmark of the decomposition: `lorc bench svd`.
+
+Ours against `numpy.linalg.svd` in one run with the same threads, on the key shapes of published models; the error
+of our singular values against float64 SVD over condition numbers; the total for a 70B model.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from jobs.screen import console
+from lorc_core.decomposition.decompose import (
+    decompose_weight,
+    left_singular,
+    left_singular_by_gram,
+    left_singular_by_qr,
+)
+from lorc_core.model.blocks import Partition
+
+SHAPES = {"8B": (1024, 4096), "70B": (1024, 8192), "13B": (5120, 5120)}  # W_k and W_v of LLaMA models
+MATRICES_70B = 160
+LARGE_ROWS = 2048  # timed once: they take a minute
+CONDITIONS = (1e1, 1e3, 3e3, 1e4, 1e6, 1e8)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Best seconds of each way to decompose one shape."""
+
+    numpy_s: float
+    gram_s: float
+    qr_s: float
+
+
+def best_s(work: Callable[[], object], repeats: int) -> float:
+    """Least wall-clock seconds of several runs: other load on the machine only adds."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def random_weight(rows: int, columns: int, seed: int) -> Float[Tensor, "n i"]:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def weight_of_condition(rows: int, columns: int, condition: float) -> Float[Tensor, "n i"]:
+    """A float64 matrix with singular values evenly spaced in logarithm from 1 down to 1 / condition."""
+    left = torch.linalg.qr(random_weight(rows, rows, 1).double())[0]
+    right = torch.linalg.qr(random_weight(columns, rows, 2).double())[0]
+    return left * torch.logspace(0, -np.log10(condition), rows, dtype=torch.float64) @ right.T
+
+
+def time_shape(rows: int, columns: int) -> Timing:
+    """From a float32 weight to left singular vectors and singular values, by three ways."""
+    weight = random_weight(rows, columns, 0)
+    repeats = 1 if rows > LARGE_ROWS else 3
+    return Timing(
+        numpy_s=best_s(lambda: np.linalg.svd(weight.numpy(), full_matrices=False), repeats),
+        gram_s=best_s(lambda: left_singular_by_gram(weight.double()), repeats),
+        qr_s=best_s(lambda: left_singular_by_qr(weight.double()), repeats),
+    )
+
+
+def relative_error(found: Float[Tensor, " n"], exact: Float[Tensor, " n"]) -> float:
+    """Worst over all singular values, each relative to itself."""
+    return ((found - exact).abs() / exact).max().item()
+
+
+def speed_table() -> Table:
+    table = Table(title="seconds, and times faster than numpy.linalg.svd float32", box=SIMPLE_HEAD)
+    for name in ("W_k of", "shape", "numpy float32", "ours, Gram", "faster", "ours, QR + SVD", "faster"):
+        table.add_column(name, justify="right")
+    for model, (rows, columns) in SHAPES.items():
+        timing = time_shape(rows, columns)
+        table.add_row(
+            model,
+            f"{rows} x {columns}",
+            f"{timing.numpy_s:.2f}",
+            f"{timing.gram_s:.2f}",
+            f"{timing.numpy_s / timing.gram_s:.1f}x",
+            f"{timing.qr_s:.2f}",
+            f"{timing.numpy_s / timing.qr_s:.1f}x",
+        )
+    return table
+
+
+def accuracy_table(rows: int, columns: int) -> Table:
+    table = Table(
+        title=f"worst relative error of a singular value against float64 SVD, {rows} x {columns}", box=SIMPLE_HEAD
+    )
+    for name in ("condition", "route taken", "its error", "Gram error", "QR + SVD error"):
+        table.add_column(name, justify="right")
+    for condition in CONDITIONS:
+        weight = weight_of_condition(rows, columns, condition)
+        exact = torch.from_numpy(np.linalg.svd(weight.numpy(), compute_uv=False))
+        _, found, route = left_singular(weight)
+        errors = [
+            relative_error(values, exact)
+            for values in (found, left_singular_by_gram(weight)[1], left_singular_by_qr(weight)[1])
+        ]
+        table.add_row(f"{condition:.0e}", route, *(f"{error:.1e}" for error in errors))
+    return table
+
+
+def total_70b_s(screen: Console) -> float:
+    """Seconds to decompose as many matrices as a 70B model has, float32 in, factors out."""
+    weights = [random_weight(*SHAPES["70B"], seed) for seed in range(4)]
+    joint = Partition("joint", num_kv_heads=8, head_dim=SHAPES["70B"][0] // 8)
+    started = time.perf_counter()
+    with screen.status(f"decomposing {MATRICES_70B} matrices"):
+        for index in range(MATRICES_70B):
+            decompose_weight(weights[index % len(weights)], joint, None)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Print all tables."""
+    screen = console()
+    screen.print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, numpy {np.__version__}")
+    with screen.status("timing"):
+        screen.print(speed_table())
+    with screen.status("measuring errors"):
+        screen.print(accuracy_table(*SHAPES["70B"]))
+    rows, columns = SHAPES["70B"]
+    screen.print(f"70B: {MATRICES_70B} matrices of {rows} x {columns} in {total_70b_s(screen):.1f} s")
+
+
+if __name__ == "__main__":
+    main()

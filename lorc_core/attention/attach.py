@@ -1,0 +1,243 @@
+"""Run a model on a compressed cache, without rewriting the model.
+
+A pre-hook on each attention module swaps the cache for a view that hands *latents* to the real cache and, for keys
+compressed before the rotation, the rotation for the identity; `latent_attention` is what the module then
+calls. Calibration looks at a model's queries, keys and values through the same hooks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from lorc_core.attention.adapters import AdapterTensors, hook_adapters
+from lorc_core.attention.call import AttentionCall, Observed
+from lorc_core.attention.latent_attention import STATE_ATTRIBUTE, latent_attention
+from lorc_core.attention.latent_cache import LatentCache
+from lorc_core.attention.layer_state import LayerState
+from lorc_core.attention.positions import RowPositions
+from lorc_core.attention.scores.slot_turns import SlotTurns
+from lorc_core.attention.self_attending import OwnAttention, RebuildingCache
+from lorc_core.decomposition.factors import LayerFactors
+from lorc_core.errors import ConfigError, UnsupportedModelError
+from lorc_core.model.architecture import Architecture, architecture_of
+from lorc_core.model.rotation import LayerRotation
+from lorc_core.variant import Variant
+
+PREFIX = "lorc_"
+ATTACHMENT_ATTRIBUTE = "_lorc_attachment"
+EARLY_CACHE_SHAPE = "_get_static_cache_init_shape"  # transformers' method
+
+
+def enter_attention(
+    state: LayerState,
+    architecture: Architecture,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook: the view in place of the cache and, for compressed rotary keys, no rotation.
+
+    A module that attends by itself rotates its keys whatever it is told; its view takes the rotation off again.
+    """
+    kwargs = dict(kwargs)
+    inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    rotation = None
+    if state.unrotates_keys:
+        assert state.rotary is not None
+        rotation = state.rotary.of_call(inputs, kwargs)
+        if architecture.family.interface:
+            kwargs["position_embeddings"] = rotation.identity()
+    state.call = call = AttentionCall(rotation, kwargs.get("position_ids"), inputs)
+    argument = architecture.family.cache_argument
+    if architecture.family.interface:
+        kwargs[argument] = LatentCache(
+            kwargs.get(argument), state.projections, call, state.positions if state.unrotates_keys else None
+        )
+    else:
+        own = OwnAttention(module, architecture, args, dict(kwargs))
+        kwargs[argument] = RebuildingCache(kwargs.get(argument), state, own)
+    return args, kwargs
+
+
+class Attachment:
+    """Factors, or observers, attached to a model from its making until `detach` or the end of the `with` block.
+
+    `layers[layer_idx]` is None where a layer is left alone. A failure to attach leaves the model as it was.
+
+    Args:
+        model: Loaded by transformers.
+        architecture: Of the model.
+        factors: Of each layer.
+        observers: Of each layer, called with what its attention module is about to attend with; None for none at all.
+        adapters: LoRA matrices that were trained with the factors.
+
+    Raises:
+        ConfigError: Something is attached already.
+        UnsupportedModelError: The model does not use transformers' attention interface where that is needed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        factors: Sequence[LayerFactors],
+        observers: Sequence[Callable[[Observed], None] | None] | None = None,
+        adapters: AdapterTensors | None = None,
+    ) -> None:
+        self.model = model
+        self.architecture = architecture
+        self.layers: list[LayerState | None] = []
+        self._underlying = model.config._attn_implementation
+        self._handles: list[RemovableHandle] = []
+        self._modules: list[nn.Module] = []
+        self._positions = RowPositions()
+        self._turns = SlotTurns()
+        self._attach(factors, observers or [None for _ in factors], adapters or {})
+
+    def detach(self) -> None:
+        """Restore the model bit for bit. Doing so twice is harmless."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self._modules:
+            delattr(module, STATE_ATTRIBUTE)
+        self._handles, self._modules = [], []
+        self.model.__dict__.pop(EARLY_CACHE_SHAPE, None)
+        attached = self.model.__dict__.pop(ATTACHMENT_ATTRIBUTE, None) is not None
+        if attached and self.architecture.family.interface:
+            self.model.set_attn_implementation(self._underlying)
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _hook(self, layer_idx: int, factors: LayerFactors, observe: Callable[[Observed], None] | None) -> LayerState:
+        base = self.model.base_model
+        module = base.get_submodule(self.architecture.attention_module(layer_idx))
+        placed_at = (execution_device(module), next(module.parameters()).dtype)
+        state = LayerState(
+            placed_at,
+            self._rotation(layer_idx),
+            self.architecture.num_kv_heads,
+            self.architecture.head_dim,
+            self.architecture.family.interface,
+            self._positions,
+            self._turns,
+            factors=factors,
+            observe=observe,
+        )
+        setattr(module, STATE_ATTRIBUTE, state)
+        self._modules.append(module)
+        hook = partial(enter_attention, state, self.architecture)
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        return state
+
+    def _rotation(self, layer_idx: int) -> LayerRotation | None:
+        """How the layer's keys are rotated; None where they are not."""
+        rotary = self.architecture.layer_rotary(layer_idx)
+        if rotary is None:
+            return None
+        inside = self.architecture.family.rotary == "inside"
+        return LayerRotation(rotary, None if inside else self.model.base_model.get_submodule("rotary_emb"))
+
+    def use(self, factors: Sequence[LayerFactors]) -> None:
+        """Take other factors.
+
+        Raises:
+            ConfigError: A layer would get factors that was left alone when this was attached.
+        """
+        for layer_idx, (state, layer) in enumerate(zip(self.layers, factors, strict=True)):
+            if state is None and any(layer):
+                raise ConfigError(f"layer {layer_idx} was left alone when the variant was attached; attach anew")
+        with tensors_for_training():
+            for state, layer in zip(self.layers, factors, strict=True):
+                if state is not None:
+                    state.use(layer)
+
+    def _attach(
+        self,
+        factors: Sequence[LayerFactors],
+        observers: Sequence[Callable[[Observed], None] | None],
+        adapters: AdapterTensors,
+    ) -> None:
+        if ATTACHMENT_ATTRIBUTE in self.model.__dict__:
+            raise ConfigError("a variant is attached to this model already; detach it first")
+        self.model.__dict__[ATTACHMENT_ATTRIBUTE] = self
+        caches_copies = self.architecture.num_cached_heads != self.architecture.num_kv_heads
+        with ExitStack() as undo, tensors_for_training():
+            undo.callback(self.detach)
+            self.model.__dict__[EARLY_CACHE_SHAPE] = no_early_shape
+            if self.architecture.family.interface:
+                use_latent_attention(self.model, self._underlying)
+            for layer_idx, (layer, observe) in enumerate(zip(factors, observers, strict=True)):
+                idle = observe is None and not any(layer) and not caches_copies
+                self.layers.append(None if idle else self._hook(layer_idx, layer, observe))
+            self._handles += hook_adapters(self.model, self.architecture, adapters)
+            undo.pop_all()
+
+
+@contextmanager
+def tensors_for_training() -> Iterator[None]:
+    """What is made within inference mode autograd refuses later; factors outlive the call that attaches them."""
+    tracks = torch.is_grad_enabled()  # leaving inference mode would turn it on
+    with torch.inference_mode(mode=False), torch.set_grad_enabled(tracks):
+        yield
+
+
+def no_early_shape() -> None:
+    """With `prefill_chunk_size`, `generate` allocates static caches by the config's heads; latents have other shapes.
+
+    None tells it to let layers allocate themselves when they see their first states.
+    """
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: its weights' device or, while accelerate keeps those elsewhere, the one they go to."""
+    weight = next(module.parameters())
+    if weight.device.type != "meta":
+        return weight.device
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    return torch.device(next(hook.execution_device for hook in hooks if hook is not None))
+
+
+def use_latent_attention(model: PreTrainedModel, underlying: str) -> None:
+    """Register latent attention over `underlying`, with its mask function, and switch the model to it."""
+    name = PREFIX + underlying
+    AttentionInterface.register(name, partial(latent_attention, underlying))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[underlying])
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not dispatch its attention through transformers' attention interface"
+        )
+
+
+def attach(model: PreTrainedModel, variant: Variant) -> Attachment:
+    """Make a loaded model cache latents as `variant` says; nothing of the model is copied or rewritten.
+
+    Use it as a context manager, or keep the result and call `detach`. Swapping variants on one loaded model never
+    reloads it.
+
+    Args:
+        model: The base model, loaded by transformers, in any dtype and on any devices.
+        variant: Made by `compress` or read by `load_variant`, for this model's architecture.
+
+    Raises:
+        ConfigError: The model has another architecture, or a variant is attached already.
+        UnsupportedModelError: lorc does not know the architecture.
+    """
+    architecture = architecture_of(model.config)
+    if architecture != variant.architecture:
+        raise ConfigError(f"the variant is for {variant.architecture}, the model is {architecture}")
+    return Attachment(model, architecture, variant.factors, adapters=variant.adapters)

@@ -1,0 +1,123 @@
+"""One layer's factors as the runtime uses them: states to latents on their way into the cache, and back.
+
+Shapes: B batch, G kv heads, D head_dim, Q new tokens, S cached and new tokens, L latent heads, N = G * D.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lorc_core.attention.scores.absorbed import LatentReader, latent_reader
+from lorc_core.decomposition.factors import Factors, LayerFactors
+from lorc_core.model.kinds import KINDS, KeysValues, Kind
+from lorc_core.model.rotation import LayerRotation
+
+
+@dataclass(frozen=True)
+class LayerProjections:
+    """One layer's factors, placed and laid out for its attention module.
+
+    Attributes:
+        factors: On the layer's device. Those of keys before the rotation have the channels of a pair side by side.
+        offsets: What rebuilt states lack.
+        readers: How the latents are read; None for keys that must be rebuilt to be rotated.
+        pair_order: The order of a head's channels that the keys' factors have; None for the model's own.
+        num_kv_heads: G.
+        num_latent_heads: L, heads of the cache: as many as both kinds have, else one.
+    """
+
+    factors: LayerFactors
+    offsets: KeysValues[Float[Tensor, " n"] | None]
+    readers: KeysValues[LatentReader | None]
+    pair_order: Int[Tensor, " d"] | None
+    num_kv_heads: int
+    num_latent_heads: int
+
+    @classmethod
+    def of(
+        cls,
+        factors: LayerFactors,
+        placed_at: tuple[torch.device, torch.dtype],
+        heads: tuple[int, int],
+        rotary: LayerRotation | None,
+        *,
+        attends: bool,
+    ) -> "LayerProjections":
+        """Place factors.
+
+        Args:
+            factors: On any device.
+            placed_at: Device and dtype of the layer.
+            heads: Number of kv heads, and channels of each.
+            rotary: How the layer rotates its keys; None where it does not.
+            attends: Whether latents are attended over; else states are rebuilt for a module that attends by itself.
+        """
+        num_kv_heads, head_dim = heads
+        placed = factors.map(lambda one: one.to(*placed_at) if one else None)
+        rotates_rebuilt_keys = rotary is not None and compresses_unrotated_keys(placed)
+        order = None
+        if rotary is not None and placed.keys is not None and rotates_rebuilt_keys and attends:
+            order = rotary.pair_order(head_dim)
+        if order is not None and placed.keys is not None:
+            order = order.to(placed_at[0])
+            placed = KeysValues(placed.keys.reordered(order), placed.values)
+        offsets = placed.map(lambda one: one.offset() if one else None)
+        of_keys, of_values = (latent_reader(placed[kind], offsets[kind], num_kv_heads) for kind in KINDS)
+        readers = KeysValues(None if rotates_rebuilt_keys else of_keys, of_values)
+        return cls(placed, offsets, readers, order, num_kv_heads, num_latent_heads(readers))
+
+    @property
+    def compress(self) -> bool:
+        """Whether anything of the layer is compressed."""
+        return any(self.factors)
+
+    def project_down(self, states: Float[Tensor, "b g q d"], kind: Kind) -> Float[Tensor, "b l q _"]:
+        """(B, G, Q, D) states to (B, L, Q, R) latents: several heads where keys and values have as many, else one.
+
+        Whole keys beside compressed values, or the reverse, are laid out so too: static caches have as many heads of
+        both.
+        """
+        if not self.compress:
+            return states
+        factors = self.factors[kind]
+        if kind == "keys" and factors is not None and factors.takes_channels:
+            states = self.in_pairs(states)
+        joint = states.transpose(1, 2).flatten(2)
+        latents = joint if factors is None else factors.project_down(joint)
+        return latents.unflatten(-1, (self.num_latent_heads, -1)).transpose(1, 2)
+
+    def rebuild(self, latents: Float[Tensor, "b l s _"], kind: Kind) -> Float[Tensor, "b g s d"]:
+        """(B, L, S, R) latents to (B, G, S, D) states."""
+        if not self.compress:
+            return latents
+        joint, factors, offset = latents.transpose(1, 2).flatten(2), self.factors[kind], self.offsets[kind]
+        if factors is not None:
+            joint = factors.rebuild(joint)
+        if offset is not None:
+            joint = joint + offset
+        return joint.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+
+    def in_pairs(self, states: Float[Tensor, "b h s d"]) -> Float[Tensor, "b h s d"]:
+        """With channels that rotate together side by side, as the keys' factors have them."""
+        return states if self.pair_order is None else states[..., self.pair_order]
+
+
+def num_latent_heads(readers: KeysValues[LatentReader | None]) -> int:
+    """As many as both kinds have, else one."""
+    counts = {0 if reader is None else reader.num_heads for reader in readers}
+    return counts.pop() if len(counts) == 1 else 1
+
+
+def compresses_unrotated_keys(factors: LayerFactors) -> bool:
+    """Whether keys are projected before the rotation, where there is one."""
+    return factors.keys is not None and not factors.keys.rotated
+
+
+def project_states(states: Float[Tensor, "b g s d"], factors: Factors) -> Float[Tensor, "b g s d"]:
+    """The states that a cache of their latents gives back."""
+    joint = factors.rebuild(factors.project_down(states.transpose(1, 2).flatten(2)))
+    offset = factors.offset()
+    joint = joint if offset is None else joint + offset
+    return joint.unflatten(-1, (states.shape[1], -1)).transpose(1, 2)

@@ -1,0 +1,144 @@
+"""Calibration: second moments of what a model caches and reads, streamed over text; and the text itself.
+
+The hooks are the runtime's, so what is measured is what a variant will project. Sums are float64 and of one layer's
+width squared; nothing is kept of single tokens.
+
+Shapes: B sequences, T tokens, H query heads, G kv heads, D head_dim.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lorc_core.attention.attach import Attachment
+from lorc_core.attention.call import Observed
+from lorc_core.decomposition.factors import UNTOUCHED
+from lorc_core.decomposition.moments import LayerMoments, SecondMoment, measure
+from lorc_core.errors import ArtifactError, ConfigError, NumericsError
+from lorc_core.model.architecture import Architecture, architecture_of
+
+BATCH_TOKENS = 4096
+MAX_WINDOW_TOKENS = 2048
+
+
+class LayerObserver:
+    """Adds up the moments of one layer."""
+
+    def __init__(self, *, join_rotated_heads: bool) -> None:
+        self.join_rotated_heads = join_rotated_heads
+        self.found: LayerMoments | None = None
+
+    def __call__(self, seen: Observed) -> None:
+        keys, queries = by_kv_head(seen.key), by_query_head(seen.query, seen.key.shape[1])
+        moments = measure(keys, queries, "", join_heads=True)
+        moments["inputs"] = SecondMoment.of(seen.inputs.double().norm(dim=-1).flatten()[:, None])
+        moments["values"] = SecondMoment.of(by_kv_head(seen.value).transpose(0, 1).flatten(1))
+        if seen.rotation is not None:
+            rotated = by_query_head(seen.rotated_query, seen.key.shape[1])
+            keys = by_kv_head(seen.rotated_key)
+            moments |= measure(keys, rotated, "rotated_", join_heads=self.join_rotated_heads)
+        batch = LayerMoments(moments)
+        self.found = batch if self.found is None else self.found + batch
+
+
+def by_kv_head(states: Tensor) -> Tensor:
+    """(B, G, T, D) to (G, B * T, D)."""
+    return states.transpose(0, 1).flatten(1, 2)
+
+
+def by_query_head(queries: Tensor, num_kv_heads: int) -> Tensor:
+    """(B, H, T, D) to (G, H / G, B * T, D): the queries that read each kv head."""
+    return queries.transpose(0, 1).flatten(1, 2).unflatten(0, (num_kv_heads, -1))
+
+
+@torch.no_grad()
+def calibrate(
+    model: PreTrainedModel, sequences: Iterable[Int[Tensor, "_ _"]], *, join_rotated_heads: bool = False
+) -> tuple[LayerMoments, ...]:
+    """Second moments of every layer's keys, queries and values on some text.
+
+    Args:
+        model: Without a variant attached, on any devices.
+        sequences: Batches of token ids; every token counts, so no padding.
+        join_rotated_heads: Whether rotated keys are measured over all heads together; see
+            `Method.joins_rotated_heads`.
+
+    Returns:
+        One for each layer, on that layer's device. They add up with those of other texts.
+
+    Raises:
+        ConfigError: There are no sequences, or something is attached to the model.
+        NumericsError: Activations hold NaN or infinity; the message names the first such layer.
+    """
+    architecture = architecture_of(model.config)
+    observers = [LayerObserver(join_rotated_heads=join_rotated_heads) for _ in range(architecture.num_layers)]
+    with Attachment(model, architecture, [UNTOUCHED] * architecture.num_layers, observers):
+        for batch in sequences:
+            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+    found = [observer.found for observer in observers]
+    for layer_idx, layer in enumerate(found):
+        if layer is None:
+            raise ConfigError("there are no calibration sequences")
+        for stage, moment in layer.moments.items():
+            if not torch.isfinite(moment.total).all():
+                raise NumericsError(f"layer {layer_idx}: the {stage} hold NaN or infinity on the calibration text")
+    return tuple(layer for layer in found if layer is not None)
+
+
+def batches(sequences: Int[Tensor, "s t"]) -> Iterator[Int[Tensor, "_ t"]]:
+    """So many sequences at a time that a batch has about 4,096 tokens."""
+    yield from sequences.split(max(1, BATCH_TOKENS // sequences.shape[1]))
+
+
+def calibration_sequences(
+    calibration: Int[Tensor, "s t"] | Sequence[Sequence[int]] | Path | str,
+    model_dir: Path | str | None,
+    architecture: Architecture,
+) -> Int[Tensor, "sequences tokens"]:
+    """Token ids to calibrate on: those given, or a text file's, cut into windows by the model's tokenizer.
+
+    Args:
+        calibration: Token ids (sequences, tokens), or the path of a text file.
+        model_dir: Holds the tokenizer; needed for a text file.
+        architecture: Of the model.
+
+    Raises:
+        ConfigError: The file is absent or shorter than one window, or the ids are not (sequences, tokens).
+        ArtifactError: There is no tokenizer.
+    """
+    if not isinstance(calibration, str | Path):
+        ids = torch.as_tensor(calibration)
+        if ids.ndim != 2 or ids.dtype.is_floating_point:
+            raise ConfigError(f"calibration must be token ids (sequences, tokens), got {tuple(ids.shape)} {ids.dtype}")
+        return ids.long()
+    path = Path(calibration)
+    if not path.is_file():
+        raise ConfigError(f"calibration text {path} does not exist")
+    if not model_dir:
+        raise ConfigError("calibration text needs the model's tokenizer: compress a directory, or give token ids")
+    ids = torch.tensor(text_tokens(path.read_text(), load_tokenizer(model_dir)))
+    window = min(architecture.max_tokens, MAX_WINDOW_TOKENS)
+    if len(ids) < window:
+        raise ConfigError(f"calibration text {path}: {len(ids)} tokens are fewer than one window of {window}")
+    return ids[: len(ids) // window * window].view(-1, window)
+
+
+def text_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+
+
+def load_tokenizer(model_dir: Path | str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A model's own tokenizer.
+
+    Raises:
+        ArtifactError: transformers cannot load it.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(f"{model_dir}: the tokenizer cannot be loaded: {reason}") from error

@@ -1,0 +1,166 @@
+"""What lorc must know of a model, from its config alone.
+
+Shapes of the cache, how keys are rotated, and where the projections live, by the model type's row in
+`families`; nothing here reads a weight.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+from lorc_core.errors import ConfigError
+from lorc_core.model.families import FAMILIES, Family, NormKind, family_of
+from lorc_core.model.kinds import Projection
+from lorc_core.model.rotary import Rotary, rotaries_of
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The facts of one model that decide the shape and the statistics of its cache.
+
+    Attributes:
+        num_cached_heads: Heads that the untouched module caches: more than `num_kv_heads` where it caches copies.
+        norm: Path of the input norm, to be filled with the layer's number.
+        rotaries: Every kind of rotation in the model.
+        rotary_of_layer: For each layer, which of them; None where its keys are not rotated.
+    """
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    num_cached_heads: int
+    head_dim: int
+    bias: bool
+    qk_norm: bool
+    input_norm: NormKind | None
+    norm: str
+    max_tokens: int
+    rotaries: tuple[Rotary, ...]
+    rotary_of_layer: tuple[int | None, ...]
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Architecture":
+        """The inverse of `to_dict`, also after JSON, which has lists for tuples."""
+        rotaries = tuple(Rotary(**(one | {"frequencies": tuple(one["frequencies"])})) for one in saved["rotaries"])
+        tuples = {"rotaries": rotaries, "rotary_of_layer": tuple(saved["rotary_of_layer"])}
+        return cls(**(dict(saved) | tuples))
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
+    def kv_width(self) -> int:
+        """Different floats per token, layer and kind that the untouched model caches."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def rotary(self) -> bool:
+        """Whether any layer rotates its keys."""
+        return any(idx is not None for idx in self.rotary_of_layer)
+
+    def layer_rotary(self, layer_idx: int) -> Rotary | None:
+        """How a layer's keys are rotated; None where they are not."""
+        idx = self.rotary_of_layer[layer_idx]
+        return None if idx is None else self.rotaries[idx]
+
+    def attention_module(self, layer_idx: int) -> str:
+        """Path of a layer's attention module below `model.base_model`."""
+        return self.family.attention.format(layer_idx)
+
+    def projection_name(self, layer_idx: int, projection: Projection, part: Literal["weight", "bias"]) -> str:
+        """Name below `model.base_model` of the tensor that holds W_q, W_k or W_v, or its bias, maybe among others."""
+        return f"{self.attention_module(layer_idx)}.{self.family.projection.format(projection)}.{part}"
+
+    def output_name(self, layer_idx: int) -> str:
+        """Name of the (hidden_size, num_heads * head_dim) weight that reads the attended values."""
+        return f"{self.attention_module(layer_idx)}.{self.family.output}.weight"
+
+    def norm_name(self, layer_idx: int, part: Literal["weight", "bias"]) -> str:
+        """Name of the weight or bias of the norm before the attention."""
+        return f"{self.norm.format(layer_idx)}.{part}"
+
+    def tensor_names(self) -> list[str]:
+        """Every tensor that a decomposition of keys and values by their weights alone reads."""
+        projections: tuple[Projection, ...] = ("k", "v")
+        parts: tuple[Literal["weight", "bias"], ...] = ("weight", "bias") if self.bias else ("weight",)
+        return list(
+            dict.fromkeys(
+                self.projection_name(layer_idx, projection, part)
+                for layer_idx in range(self.num_layers)
+                for projection in projections
+                for part in parts
+            )
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """Read the facts from a transformers config.
+
+    Args:
+        config: Config of a causal language model.
+
+    Raises:
+        UnsupportedModelError: The model type, its attention or its rotary scaling is not one lorc knows.
+        ConfigError: A size is not positive.
+    """
+    family = family_of(config)
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
+        if not getattr(config, name, 0) >= 1:
+            raise ConfigError(f"{config.model_type}: config field {name} must be at least 1")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_kv_heads = kv_heads(config)
+    rotaries, rotary_of_layer = rotaries_of(config, family, head_dim)
+    return Architecture(
+        model_type=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=num_kv_heads,
+        num_cached_heads=config.num_attention_heads if caches_copies(config) else num_kv_heads,
+        head_dim=head_dim,
+        bias=fact(config, family.bias),
+        qk_norm=fact(config, family.qk_norm),
+        input_norm=input_norm(config, family),
+        norm="h.{}.ln_attn" if has_norms_of_its_own(config) else family.norm,
+        max_tokens=family.max_tokens if isinstance(family.max_tokens, int) else getattr(config, family.max_tokens),
+        rotaries=rotaries,
+        rotary_of_layer=rotary_of_layer,
+    )
+
+
+def fact(config: PreTrainedConfig, named: str | bool) -> bool:
+    """A config field, or the fact itself."""
+    return named if isinstance(named, bool) else bool(getattr(config, named))
+
+
+def caches_copies(config: PreTrainedConfig) -> bool:
+    """Falcon's newer decoder repeats each kv head for its query heads before it caches them."""
+    return config.model_type == "falcon" and config.new_decoder_architecture
+
+
+def has_norms_of_its_own(config: PreTrainedConfig) -> bool:
+    """Falcon's newer decoder has, unless told otherwise, one norm for the attention and one for the MLP."""
+    return caches_copies(config) and config.num_ln_in_parallel_attn in (None, 2)
+
+
+def kv_heads(config: PreTrainedConfig) -> int:
+    """Different kv heads of a layer."""
+    if config.model_type == "falcon":
+        if config.new_decoder_architecture:
+            return config.num_kv_heads
+        return 1 if config.multi_query else config.num_attention_heads
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def input_norm(config: PreTrainedConfig, family: Family) -> NormKind | None:
+    """The norm whose gain the projections' input carries; OPT-350m has its norms elsewhere, Galactica without gain."""
+    before = getattr(config, "do_layer_norm_before", True)
+    return family.norm_kind if before and getattr(config, "layer_norm_elementwise_affine", True) else None

@@ -1,0 +1,134 @@
+"""How the key or value channels of one layer are split into blocks that are projected apart.
+
+Shapes: N kv_width, G kv heads, D head_dim, B blocks, W channels of a block (N = B * W).
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Num, Shaped
+from torch import Tensor
+
+from lorc_core.errors import ConfigError
+from lorc_core.model.rotary import Rotary
+
+BLOCKS = "joint, head, group(HEADS), frequency"
+COMPLEX_BLOCKS = ("frequency", "interleaved_frequency")
+
+
+def group_size(block: str) -> int | None:
+    """The number of kv heads in "group(4)"; None for another block."""
+    match = re.fullmatch(r"group\((\d+)\)", block)
+    return int(match[1]) if match else None
+
+
+def check_block(block: str) -> None:
+    """Raise ConfigError unless a block of that name can exist."""
+    if block not in ("joint", "head", "frequency") and not group_size(block):
+        raise ConfigError(f"block {block!r} is not known; known are {BLOCKS}")
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Blocks of one layer's keys or values.
+
+    `joint` is one block of all kv heads, `group(h)` one for every h neighbouring heads, `head` one per head,
+    `frequency` one per rotary frequency over all heads: its channels are the real parts of that frequency, then the
+    imaginary parts, and it is projected as complex numbers, so that the projection commutes with the rotation. In
+    `interleaved_frequency` the two parts are neighbouring channels of a head, not half a head apart.
+    """
+
+    block: str
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def kv_width(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def is_complex(self) -> bool:
+        return self.block in COMPLEX_BLOCKS
+
+    @property
+    def num_blocks(self) -> int:
+        if self.is_complex:
+            return self.head_dim // 2
+        return self.num_kv_heads // self.heads_per_block
+
+    @property
+    def width(self) -> int:
+        """Channels of a block."""
+        return self.kv_width // self.num_blocks
+
+    @property
+    def heads_per_block(self) -> int:
+        return {"head": 1}.get(self.block) or group_size(self.block) or self.num_kv_heads
+
+    @property
+    def rank_step(self) -> int:
+        """Floats of the least latent: a complex number has two."""
+        return 2 if self.is_complex else 1
+
+    @property
+    def equal_ranks(self) -> bool:
+        """Whether all blocks of a layer must have one rank: attention kernels need equal heads."""
+        return self.block == "head"
+
+    def split(self, states: Shaped[Tensor, "... n"]) -> Shaped[Tensor, "... b w"]:
+        """The channels of each block, in the last dimension."""
+        if self.is_complex:
+            by_part = states.unflatten(-1, (self.num_kv_heads, *self._parts))
+            by_part = by_part.transpose(-1, -2) if self._interleaved else by_part
+            return by_part.movedim(-1, -3).transpose(-1, -2).flatten(-2)
+        return states.unflatten(-1, (self.num_blocks, self.width))
+
+    def join(self, blocks: Shaped[Tensor, "... b w"]) -> Shaped[Tensor, "... n"]:
+        """The inverse of `split`."""
+        if self.is_complex:
+            by_part = blocks.unflatten(-1, (2, self.num_kv_heads)).transpose(-1, -2).movedim(-3, -1)
+            return (by_part.transpose(-1, -2) if self._interleaved else by_part).flatten(-3)
+        return blocks.flatten(-2)
+
+    @property
+    def _interleaved(self) -> bool:
+        return self.block == "interleaved_frequency"
+
+    @property
+    def _parts(self) -> tuple[int, int]:
+        """How a head's channels stand: all real parts and then all imaginary ones, or pair after pair."""
+        return (self.num_blocks, 2) if self._interleaved else (2, self.num_blocks)
+
+    def diagonal(self, moment: Float[Tensor, "n n"]) -> Num[Tensor, "b w w"]:
+        """Each block's part of a second moment of all channels; complex for `frequency`, over half the channels."""
+        order = self.split(torch.arange(self.kv_width, device=moment.device))
+        parts = moment[order[:, :, None], order[:, None, :]]
+        if not self.is_complex:
+            return parts
+        (aa, ab), (ba, bb) = (half.chunk(2, dim=-1) for half in parts.chunk(2, dim=-2))
+        return torch.complex(aa + bb, ba - ab) / 2  # E[c c^H] / 2 of c = a + ib: the real moment over all rotations
+
+
+def partition_of(block: str, num_kv_heads: int, head_dim: int, rotary: Rotary | None) -> Partition:
+    """The partition, where the model has one.
+
+    Raises:
+        ConfigError: A group does not divide the kv heads, or not every channel has a rotary frequency.
+    """
+    heads = group_size(block)
+    if heads is not None and num_kv_heads % heads:
+        divisors = [str(size) for size in range(1, num_kv_heads + 1) if num_kv_heads % size == 0]
+        raise ConfigError(
+            f"block {block}: {heads} does not divide the model's {num_kv_heads} kv heads; possible are "
+            f"{', '.join(divisors)}"
+        )
+    if block != "frequency":
+        return Partition(block, num_kv_heads, head_dim)
+    if rotary is None:
+        raise ConfigError("block frequency: the model has no rotary embedding")
+    if rotary.num_channels != head_dim:
+        raise ConfigError(
+            f"block frequency: of {head_dim} channels of a head only {rotary.num_channels} have a rotary frequency"
+        )
+    return Partition("interleaved_frequency" if rotary.interleaved else "frequency", num_kv_heads, head_dim)

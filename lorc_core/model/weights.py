@@ -1,0 +1,70 @@
+"""A layer's projections, their biases and the norm before them, read one by one, also where a tensor holds several.
+
+Weights come out (out, in), as in `nn.Linear.weight`, whatever the model's own layout.
+
+Shapes: H query heads, G kv heads, D head_dim, I hidden_size.
+"""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lorc_core.errors import ConfigError
+from lorc_core.model.architecture import Architecture
+from lorc_core.model.checkpoint import WeightSource
+from lorc_core.model.kinds import Projection
+
+
+def projection_rows(
+    architecture: Architecture, projection: Projection, stored: Float[Tensor, "..."]
+) -> Float[Tensor, "..."]:
+    """The rows of W_q, W_k or W_v, or of its bias, in the tensor that holds it.
+
+    Raises:
+        ConfigError: A fused tensor has not as many rows as the config says.
+    """
+    family = architecture.family
+    rows = stored.T if family.transposed and stored.ndim == 2 else stored
+    if family.fused is None:
+        return rows
+    heads, kv_heads, head_dim = architecture.num_heads, architecture.num_kv_heads, architecture.head_dim
+    if len(rows) != (heads + 2 * kv_heads) * head_dim:
+        raise ConfigError(
+            f"{architecture.model_type}: the fused projection has {len(rows)} rows, the config says "
+            f"({heads} + 2 * {kv_heads}) * {head_dim}"
+        )
+    if family.fused == "stacked":
+        query, key, value = rows.split([heads * head_dim, architecture.kv_width, architecture.kv_width])
+        return {"q": query, "k": key, "v": value}[projection]
+    groups = rows.unflatten(0, (kv_heads, heads // kv_heads + 2, head_dim))
+    parts = {"q": groups[:, :-2], "k": groups[:, -2:-1], "v": groups[:, -1:]}
+    return parts[projection].flatten(0, 2)
+
+
+def read_weight(
+    source: WeightSource, architecture: Architecture, layer_idx: int, projection: Projection
+) -> Float[Tensor, "n i"]:
+    """W_q, W_k or W_v."""
+    stored = source.read(architecture.projection_name(layer_idx, projection, "weight"))
+    return projection_rows(architecture, projection, stored)
+
+
+def read_bias(
+    source: WeightSource, architecture: Architecture, layer_idx: int, projection: Projection
+) -> Float[Tensor, " n"] | None:
+    """The projection's bias; None where it has none."""
+    if not architecture.bias:
+        return None
+    stored = source.read(architecture.projection_name(layer_idx, projection, "bias"))
+    return projection_rows(architecture, projection, stored)
+
+
+def read_output(source: WeightSource, architecture: Architecture, layer_idx: int) -> Float[Tensor, "i n"]:
+    """W_o."""
+    stored = source.read(architecture.output_name(layer_idx))
+    return stored.T if architecture.family.transposed else stored
+
+
+def read_gain(source: WeightSource, architecture: Architecture, layer_idx: int) -> Float[Tensor, " i"]:
+    """What the input norm multiplies its normalised input by."""
+    stored = source.read(architecture.norm_name(layer_idx, "weight"))
+    return stored + 1 if architecture.input_norm == "rms_plus_one" else stored

@@ -1,0 +1,75 @@
+"""Fit a family of ranks to a budget: a share of the cached floats, or bytes."""
+
+from collections.abc import Callable, Sequence
+
+from lorc_core.errors import ConfigError
+from lorc_core.ranks.spectra import RankSchedule
+from lorc_core.ranks.staircase import Climb, Staircase
+
+KEPT_FRACTION_TOLERANCE = 0.01
+
+
+def check_kept_fraction(kept_fraction: float) -> None:
+    """Raise ConfigError unless the share is in (0, 1]."""
+    if not 0 < kept_fraction <= 1:
+        raise ConfigError(f"kept_fraction must be in (0, 1], got {kept_fraction}")
+
+
+def fit(climb: Climb, stairs: Sequence[Staircase], kept_fraction: float, name: str) -> float:
+    """The share at which a family of ranks is nearest to the target.
+
+    Raises:
+        ConfigError: The target is out of the family's reach.
+    """
+    full = sum(stair.totals[-1] for stair in stairs)
+
+    def kept_at(share: float) -> float:
+        return sum(stair.totals[steps - 1] for stair, steps in zip(stairs, climb(share), strict=True)) / full
+
+    least, most = kept_at(0.0), kept_at(1.0)
+    if not least - KEPT_FRACTION_TOLERANCE <= kept_fraction <= most + KEPT_FRACTION_TOLERANCE:
+        raise ConfigError(
+            f"{name}: kept_fraction {kept_fraction} cannot be reached; reachable is {least:.3f}..{most:.3f}"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(60):  # past float64's resolution of the share
+        middle = (low + high) / 2
+        low, high = (middle, high) if kept_at(middle) < kept_fraction else (low, middle)
+    return min(low, high, key=lambda share: abs(kept_at(share) - kept_fraction))
+
+
+def fit_bytes(
+    ranks_at: Callable[[float], RankSchedule],
+    needed_bytes: Callable[[RankSchedule], int],
+    *,
+    budget_bytes: int,
+    name: str,
+) -> RankSchedule:
+    """The largest ranks of a schedule whose cache and factors fit a budget.
+
+    Args:
+        ranks_at: A schedule's, by the share of floats to keep.
+        needed_bytes: Of the cache and the factors that stay loaded beside the base model.
+        budget_bytes: What there is.
+        name: Of the schedule.
+
+    Raises:
+        ConfigError: Nothing that the schedule reaches fits.
+    """
+    found = ranks_at(1.0)
+    if needed_bytes(found) <= budget_bytes:
+        return found
+    low, high, best = 0.0, 1.0, None
+    for _ in range(14):  # kept fractions to 1e-4
+        kept = (low + high) / 2
+        try:
+            found = ranks_at(kept)
+        except ConfigError:  # below what the schedule reaches
+            low = kept
+            continue
+        fits = needed_bytes(found) <= budget_bytes
+        best = found if fits else best
+        low, high = (kept, high) if fits else (low, kept)
+    if best is None:
+        raise ConfigError(f"{name}: no ranks make cache and factors fit {budget_bytes:,} bytes")
+    return best

@@ -1,0 +1,132 @@
+"""What schedules read and what they give: spectra and probes of all layers in, ranks out."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorc_core.errors import NumericsError
+from lorc_core.model.blocks import Partition
+from lorc_core.model.kinds import KINDS, KeysValues, Kind
+
+Energies = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class KindSpectrum:
+    """What the schedules read of one layer's keys or values.
+
+    `log10_condition` is the weight's; the rest are energies of each block, falling: squared singular values of its rows
+    of the weight, eigenvalues of the states' second moment, and what each direction saves of the error that the method
+    minimises.
+    """
+
+    partition: Partition
+    log10_condition: float
+    weights: Energies = ()
+    states: Energies = ()
+    read: Energies = ()
+
+    @classmethod
+    def of_flat(cls, partition: Partition, log10_condition: float, *energies: Sequence[float]) -> "KindSpectrum":
+        """From the energies of one block after another: the weight's, the states' and those of what is read."""
+        width = partition.width
+        by_block = (tuple(tuple(one[at : at + width]) for at in range(0, len(one), width)) for one in energies)
+        return cls(partition, log10_condition, *by_block)
+
+
+class LayerSpectrum(KeysValues[KindSpectrum]):
+    """What the schedules read of one layer."""
+
+    @property
+    def kv_width(self) -> int:
+        return self.keys.partition.kv_width
+
+
+class LayerRanks(KeysValues[tuple[int, ...]]):
+    """Ranks of each block of one layer: latent floats cached per token."""
+
+    def floats(self, kind: Kind) -> int:
+        return sum(self[kind])
+
+
+@dataclass(frozen=True)
+class RankSchedule:
+    """Ranks for every layer. `note` says where the schedule left its source's form, or what it solved for."""
+
+    layers: tuple[LayerRanks, ...]
+    kv_width: int
+    note: str = ""
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "RankSchedule":
+        """The inverse of `dataclasses.asdict`."""
+        layers = tuple(LayerRanks(*(tuple(layer[kind]) for kind in KINDS)) for layer in saved["layers"])
+        return cls(layers, saved["kv_width"], saved["note"])
+
+    @property
+    def floats_per_token(self) -> int:
+        return sum(layer.floats(kind) for layer in self.layers for kind in KINDS)
+
+    @property
+    def kept_fraction(self) -> float:
+        return self.floats_per_token / (len(KINDS) * self.kv_width * len(self.layers))
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What a schedule may measure on calibration text beside the spectra.
+
+    Attributes:
+        fisher: Per layer and kind, for each channel, the mean over inputs of sqrt(E[(dL/dW)^2]).
+        errors: Per layer, levels of falling energy with the attention output's relative error at each.
+        curves: Per layer and kind, the rise of the loss (nats per token) with that layer and kind alone compressed.
+    """
+
+    fisher: tuple[KeysValues[tuple[float, ...]], ...] = ()
+    errors: tuple[tuple["ErrorLevel", ...], ...] = ()
+    curves: tuple[KeysValues[tuple["CurvePoint", ...]], ...] = ()
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "Probes":
+        """The inverse of `dataclasses.asdict`."""
+        return cls(
+            fisher=tuple(KeysValues(*(tuple(layer[kind]) for kind in KINDS)) for layer in saved["fisher"]),
+            errors=tuple(tuple(ErrorLevel(**level) for level in layer) for layer in saved["errors"]),
+            curves=tuple(
+                KeysValues(*(tuple(CurvePoint(**point) for point in layer[kind]) for kind in KINDS))
+                for layer in saved["curves"]
+            ),
+        )
+
+    def check_finite(self) -> None:
+        """Raise NumericsError where a measurement is NaN or infinite, naming the layer."""
+        measured = {
+            f"layer {idx}: the attention error": [level.error for level in levels]
+            for idx, levels in enumerate(self.errors)
+        }
+        for kind in KINDS:
+            for idx, channels in enumerate(self.fisher):
+                measured[f"layer {idx} {kind}: the Fisher information"] = list(channels[kind])
+            for idx, curves in enumerate(self.curves):
+                measured[f"layer {idx} {kind}: the loss curve"] = [point.rise for point in curves[kind]]
+        for what, numbers in measured.items():
+            if not all(map(math.isfinite, numbers)):
+                raise NumericsError(f"{what} measured on the calibration text holds NaN or infinity")
+
+
+@dataclass(frozen=True)
+class ErrorLevel:
+    """Floats per token of keys and values, and the relative error of the layer's attention output."""
+
+    keys: int
+    values: int
+    error: float
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Floats per token of one layer and kind, and the rise of the loss in nats per token."""
+
+    floats: int
+    rise: float

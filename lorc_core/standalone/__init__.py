@@ -1,0 +1,22 @@
+"""Checkpoints of their own: variants that transformers loads without their base model, and the classes that run them.
+
+What reads a variant beside its base is in `lorc_core.loading`. Exported checkpoints import `config_class` and
+`model_class` from here, so this name must stay; both are imported when they are used, since transformers takes seconds.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorc_core.standalone.config import config_class
+    from lorc_core.standalone.model import model_class
+
+__all__ = ["config_class", "model_class"]
+
+_MODULE_OF = {"config_class": "config", "model_class": "model"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
