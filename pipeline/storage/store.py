@@ -6,11 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 from uuid import uuid4
 
 from lorc_core.errors import ConfigError
 from lorc_core.manifest import MANIFEST_FILE, write_manifest
-from pipeline.steps.step import Step
+
+
+class Keyed(Protocol):
+    """Whatever has a place of its own in the store: a step."""
+
+    @property
+    def key(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -31,10 +38,10 @@ class Store:
     def steps(self) -> Path:
         return self.root / "steps"
 
-    def path(self, step: Step) -> Path:
+    def path(self, step: Keyed) -> Path:
         return self.steps / step.key
 
-    def is_done(self, step: Step) -> bool:
+    def is_done(self, step: Keyed) -> bool:
         return (self.path(step) / MANIFEST_FILE).is_file()
 
     @contextmanager

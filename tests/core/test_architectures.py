@@ -6,8 +6,6 @@ them; plain projections hooked behind a q/k norm; the states that the untouched 
 Worst logit difference measured over all tests below, in float32: 2.9e-6; the bound is 1e-4.
 """
 
-from lorc_core.model.kinds import LayerKind
-
 import copy
 import json
 from dataclasses import replace
@@ -33,7 +31,7 @@ from lorc_core.methods import METHODS, Axes
 from lorc_core.model.architecture import Architecture, architecture_of
 from lorc_core.model.checkpoint import Checkpoint
 from lorc_core.model.families import FAMILIES, REASONS
-from lorc_core.model.kinds import KINDS, KeysValues
+from lorc_core.model.kinds import KINDS, KeysValues, LayerKind
 from lorc_core.model.rotation import LayerRotation
 from lorc_core.model.weights import read_bias, read_weight
 from lorc_core.ranks.spectra import LayerRanks, RankSchedule

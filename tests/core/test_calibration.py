@@ -1,9 +1,5 @@
 """Calibration against moments of materialised states, and the text it reads. The reference is `materialised`."""
 
-from lorc_core.model.checkpoint import read_config
-
-from lorc_core.model.kinds import LayerKind
-
 import inspect
 
 import pytest
@@ -17,6 +13,8 @@ from lorc_core.errors import ArtifactError, ConfigError, NumericsError
 from lorc_core.measurement.calibration import batches, calibrate, calibration_sequences
 from lorc_core.methods import METHODS, Axes
 from lorc_core.model.architecture import architecture_of
+from lorc_core.model.checkpoint import read_config
+from lorc_core.model.kinds import LayerKind
 from tests.conftest import DEMO, tiny_model
 from tests.core.materialised import dense_projection, materialise
 from tests.core.test_runtime import tokens

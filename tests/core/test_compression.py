@@ -1,7 +1,5 @@
 """`compress` from end to end: what it refuses and why, every schedule on real measurements, methods by layer."""
 
-from lorc_core.model.checkpoint import read_config
-
 import copy
 import json
 from dataclasses import replace
@@ -15,6 +13,7 @@ from lorc_core.decomposition.factors import UNTOUCHED
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.methods import METHODS, Axes, Method, known_method, method_from_dict
 from lorc_core.model.architecture import architecture_of
+from lorc_core.model.checkpoint import read_config
 from lorc_core.model.kinds import KINDS
 from lorc_core.ranks.schedules import SCHEDULES, ErrorBudget, Fisher, Sensitivity
 from tests.conftest import DEMO, TINY_CONFIGS, tiny_model

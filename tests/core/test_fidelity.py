@@ -1,7 +1,5 @@
 """What projections lose of keys and values, against the same measured from the model's own linear layers."""
 
-from lorc_core.model.kinds import LayerKind
-
 import pytest
 import torch
 
@@ -10,7 +8,7 @@ from lorc_core.compression import LoadedWeights
 from lorc_core.decomposition.projection_errors import projection_errors
 from lorc_core.measurement.calibration import calibrate
 from lorc_core.model.architecture import architecture_of
-from lorc_core.model.kinds import KINDS
+from lorc_core.model.kinds import KINDS, LayerKind
 from tests.conftest import tiny_model
 from tests.core.materialised import attention_modules, dense_projection
 from tests.core.test_runtime import tokens

@@ -3,8 +3,6 @@
 Measurements are made up here; test_probes shows that the real ones are what they say.
 """
 
-from lorc_core.model.kinds import by_layer
-
 import itertools
 import json
 import math
@@ -19,7 +17,7 @@ from hypothesis import strategies as st
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.measurement.exchange import Exchange
 from lorc_core.model.blocks import Partition
-from lorc_core.model.kinds import KINDS, KeysValues
+from lorc_core.model.kinds import KINDS, KeysValues, by_layer
 from lorc_core.ranks.budgets import fit_bytes
 from lorc_core.ranks.schedules import SCHEDULES, Energy, ErrorBudget, Fisher, Progressive, Sensitivity, Uniform
 from lorc_core.ranks.spectra import (

@@ -1,7 +1,5 @@
 """Moments against loops over heads, tokens and positions; the read-aware projection against every other one."""
 
-from lorc_core.model.kinds import LayerKind
-
 from dataclasses import replace
 
 import pytest
@@ -16,6 +14,7 @@ from lorc_core.errors import ConfigError
 from lorc_core.methods import METHODS, Axes
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.blocks import Partition
+from lorc_core.model.kinds import LayerKind
 from tests.conftest import tiny_model
 from tests.core.materialised import channels_of, dense_projection, rotated
 from tests.core.test_projection import joint, random_matrix

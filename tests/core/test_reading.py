@@ -3,12 +3,12 @@
 Equal up to rounding: worst of all cases below 2e-14 of the largest number, bound 1e-12.
 """
 
-import lorc_core.attention.scores.rebuilt
 import pytest
 import torch
 from transformers import DynamicCache
 
 import lorc_core
+import lorc_core.attention.scores.rebuilt
 from lorc_core.attention.scores.absorbed import (
     apply_rotary,
     attend_values,

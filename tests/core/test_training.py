@@ -1,7 +1,5 @@
 """Trained projections: rotations stay orthogonal, training goes on where it was stopped, and it helps."""
 
-from lorc_core.model.kinds import LayerKind
-
 import copy
 from dataclasses import replace
 
@@ -17,7 +15,7 @@ from lorc_core.measurement.calibration import calibrate
 from lorc_core.measurement.training import Trainer, change_basis, trained_layers
 from lorc_core.methods import METHODS, Training
 from lorc_core.model.architecture import architecture_of
-from lorc_core.model.kinds import KINDS
+from lorc_core.model.kinds import KINDS, LayerKind
 from tests.conftest import tiny_model
 
 SETTINGS = Training(num_steps=12, batch_size=8, eval_every=4, learning_rate=0.003)

@@ -20,7 +20,7 @@ def step(**changes):
 
 def test_fingerprint_is_the_same_in_another_process():
     script = (
-        "import json, sys; from pipeline.steps import Step;"
+        "import json, sys; from pipeline.steps.step import Step;"
         "print(Step(name='decompose', model='m', recipe=json.loads(sys.argv[1])).fingerprint)"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7"}

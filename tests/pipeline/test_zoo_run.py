@@ -56,8 +56,8 @@ def test_variants_equal_those_compressed_without_the_pipeline(finished):
     assert from_pipeline.base == directly.base
     assert from_pipeline.ranks == directly.ranks
     for one, other in zip(from_pipeline.factors, directly.factors, strict=True):
-        for kind in one:
-            torch.testing.assert_close(one[kind].up, other[kind].up, rtol=0, atol=1e-6)
+        for mine, its in zip(one, other, strict=True):
+            torch.testing.assert_close(mine.up, its.up, rtol=0, atol=1e-6)
 
 
 def test_results_are_measured_and_paired(finished):
