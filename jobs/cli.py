@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +11,8 @@ if missing := [name for name in PIPELINE_PACKAGES if importlib.util.find_spec(na
     sys.exit(f"error: the lorc command needs {', '.join(missing)}: pip install 'lorc[pipeline]'")
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from lorc_core.errors import ConfigError, LorcError
+from jobs.command import guarded
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -230,24 +227,6 @@ def bench_calibrate() -> None:
 def main() -> None:
     """The console script."""
     guarded(app)
-
-
-def run_command(command: Callable[..., None]) -> None:
-    """Run one function as a command line of its own, as `python -m jobs.<name>` does."""
-    single = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    single.command()(command)
-    guarded(single)
-
-
-def guarded(command: typer.Typer) -> None:
-    """A foreseen error is one line on standard error and an exit code."""
-    try:
-        command()
-    except LorcError as error:
-        if "--debug" in sys.argv:
-            raise
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,6 @@ def main(zoo: Path, workdir: Path = Path("lorc-work")) -> None:
 
 
 if __name__ == "__main__":
-    from jobs.cli import run_command
+    from jobs.command import run_command
 
     run_command(main)

@@ -14,8 +14,8 @@ from transformers.utils import logging as transformers_logging
 import lorc_core
 from lorc_core.errors import ArtifactError, ConfigError
 from lorc_core.loading import variant_and_base
-from lorc_core.standalone.config import PREFIX
 from lorc_core.standalone.plain_model import MODELS
+from lorc_core.standalone.settings import PREFIX
 from lorc_core.variant import CONFIG_FILE
 from pipeline.tracking import default_tracking_uri
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli import run_command
+from jobs.command import run_command
 from jobs.screen import console
 from pipeline.registry import promote
 from pipeline.tracking import default_tracking_uri

@@ -195,6 +195,6 @@ def main(workdir: Path = Path("lorc-work/quality")) -> None:
 
 
 if __name__ == "__main__":
-    from jobs.cli import run_command
+    from jobs.command import run_command
 
     run_command(main)

@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from jobs.cli import run_command
+from jobs.command import run_command
 from jobs.screen import StepProgress, console
 from pipeline.regression import Verdict, label, regress
 from pipeline.tracking import default_tracking_uri

@@ -8,15 +8,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorc_core.standalone.config import config_class
-    from lorc_core.standalone.model import model_class
+    from lorc_core.standalone.classes import config_class, model_class
 
 __all__ = ["config_class", "model_class"]
 
-_MODULE_OF = {"config_class": "config", "model_class": "model"}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.classes"), name)

@@ -25,9 +25,10 @@ from lorc_core.loading import check_base, variant_and_base
 from lorc_core.model.architecture import Architecture
 from lorc_core.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from lorc_core.model.kinds import KINDS, PROJECTION_OF, Kind
-from lorc_core.standalone.config import PREFIX, SCHEMA_VERSION, SETTINGS, StoredFactors, config_class
+from lorc_core.standalone.classes import config_class, model_class
 from lorc_core.standalone.folding import Folded, fold
-from lorc_core.standalone.model import factors_name, model_class
+from lorc_core.standalone.model import factors_name
+from lorc_core.standalone.settings import PREFIX, SCHEMA_VERSION, SETTINGS, StoredFactors
 from lorc_core.variant import Variant
 
 SHIM_FILE = "modeling_lorc.py"

@@ -3,14 +3,11 @@
 `export` writes their checkpoints; `AutoModelForCausalLM.from_pretrained` reads them.
 """
 
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorc_core.attention.attach import ATTACHMENT_ATTRIBUTE, Attachment
 from lorc_core.decomposition.factors import LayerFactors
@@ -18,8 +15,8 @@ from lorc_core.errors import ConfigError
 from lorc_core.model.architecture import Architecture
 from lorc_core.model.blocks import Partition
 from lorc_core.model.kinds import KINDS, PROJECTION_OF, KeysValues, Kind
-from lorc_core.standalone.config import PREFIX, Settings, StoredFactors, config_class
 from lorc_core.standalone.folding import LatentProjection, StandaloneFactors
+from lorc_core.standalone.settings import PREFIX, Settings, StoredFactors
 
 
 class FactorTensors(nn.Module):
@@ -125,15 +122,3 @@ class StandaloneModel(PreTrainedModel):
 def factors_name(kind: Kind) -> str:
     """The submodule of an attention module that holds its factors."""
     return f"{PREFIX}{kind}"
-
-
-@cache
-def model_class(base_type: str) -> type[PreTrainedModel]:
-    """The causal language model of `lorc_<base_type>`."""
-    base = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base_type]]
-    assert isinstance(base, type)
-    conversion = get_checkpoint_conversion_mapping(base_type)
-    if conversion is not None:
-        register_checkpoint_conversion_mapping(f"{PREFIX}{base_type}", conversion, overwrite=True)
-    names = {"base_class": base, "config_class": config_class(base_type), "__module__": __name__}
-    return type(f"Lorc{base.__name__}", (StandaloneModel, base), names)

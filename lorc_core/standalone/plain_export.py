@@ -24,9 +24,9 @@ from lorc_core.decomposition.factors import Factors
 from lorc_core.errors import ConfigError, UnsupportedModelError
 from lorc_core.model.kinds import KINDS, Kind, Projection
 from lorc_core.standalone import plain_model
-from lorc_core.standalone.config import PREFIX
 from lorc_core.standalone.export import Plan, adapted, new_checkpoint, open_variant, write_weights
 from lorc_core.standalone.plain_model import MODELS
+from lorc_core.standalone.settings import PREFIX
 from lorc_core.variant import Variant
 
 PLAIN_PREFIX = f"{PREFIX}plain_"

@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 AUTO_CONFIGS = "transformers.models.auto.configuration_auto"
-OURS = "lorc_core.standalone.config"
+OURS = "lorc_core.standalone.classes"
 
 
 class AfterImport(MetaPathFinder):

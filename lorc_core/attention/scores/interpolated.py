@@ -5,7 +5,7 @@ The query is absorbed at a few slots, the nodes, and its dot products with the l
 Only the fast pairs of the keys are rebuilt: 22 of 64 with LLaMA-3's rotation. It takes fewer products where few query
 heads read a kv head: with LLaMA-3-8B's four to one nothing is gained.
 
-Rebuilt keys are apply_rotary by every slot's own angle, whose float32 rounding grows with the position; interpolated scores
+Rebuilt keys are rotated by every slot's own angle, whose float32 rounding grows with the position; interpolated scores
 see that of the nodes. Either is as far from exact angles as the other (tests/core/test_interpolation.py).
 
 Shapes: H query heads, G kv heads, D head_dim, Q new tokens, S slots, K latents, P pairs, C spans, N nodes.
