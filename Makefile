@@ -21,7 +21,7 @@ lint: .venv/installed
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
-	.venv/bin/lint-imports
+	.venv/bin/lint-imports --no-logo
 
 # torch first and alone, so that pip takes one build of it for everything that follows
 .venv/installed: pyproject.toml constraints.txt
