@@ -5,13 +5,17 @@ PYTHON ?= python3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CORE_TESTS = pytest pytest-timeout pytest-xdist hypothesis beartype
 
-.PHONY: run test test-core lint
+.PHONY: run test test-slow test-core lint
 
 run: .venv/installed
 	.venv/bin/python -m jobs.cli run examples/demo.yaml
 
 test: .venv/installed
 	.venv/bin/python -m pytest
+
+# only what takes more than 10 seconds
+test-slow: .venv/installed
+	.venv/bin/python -m pytest -m slow
 
 # lorc_core and its tests in an environment without Ray and MLflow
 test-core: .venv-core/installed
