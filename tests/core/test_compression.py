@@ -16,9 +16,10 @@ from lorc_core.model.architecture import architecture_of
 from lorc_core.model.checkpoint import read_config
 from lorc_core.model.kinds import KINDS
 from lorc_core.ranks.schedules import SCHEDULES, ErrorBudget, Fisher, Sensitivity
-from tests.conftest import DEMO, TINY_CONFIGS, tiny_model
-from tests.core.materialised import dense_projection
-from tests.core.test_runtime import one_pass, tokens
+from tests.materialised import dense_projection
+from tests.models import TINY_CONFIGS, tiny_model
+from tests.paths import DEMO
+from tests.runs import one_pass, tokens
 
 PER_LAYER = replace(METHODS["lorc_q"], name="per_layer", layers={1: METHODS["k_svd"], 2: METHODS["phasor_freq"]})
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 import lorc_core
 from lorc_core.errors import ArtifactError, ConfigError
 from lorc_core.manifest import check_manifest, write_manifest
-from tests.conftest import DEMO, tiny_model
-from tests.core.test_runtime import one_pass, tokens
+from tests.models import tiny_model
+from tests.paths import DEMO
+from tests.runs import one_pass, tokens
 
 LLAMA = DEMO / "stdlib-llama"
 

@@ -5,8 +5,8 @@ import torch
 from accelerate import dispatch_model
 
 import lorc_core
-from tests.conftest import tiny_model
-from tests.core.test_runtime import token_by_token, tokens
+from tests.models import tiny_model
+from tests.runs import token_by_token, tokens
 
 pytestmark = [
     pytest.mark.gpu,

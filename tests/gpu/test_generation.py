@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import lorc_core
-from tests.core.test_generation import GREEDY, case, padded_batch
-from tests.core.test_memory import reachable_bytes
+from tests.caches import reachable_bytes
+from tests.runs import GREEDY, padded_batch
+from tests.variants import case
 
 pytestmark = [
     pytest.mark.gpu,

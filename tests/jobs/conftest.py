@@ -6,7 +6,7 @@ import pytest
 
 from jobs.cli import main
 from lorc_core.compression import compress
-from tests.conftest import save_tiny_model
+from tests.models import save_tiny_model
 
 
 @pytest.fixture

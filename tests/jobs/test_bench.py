@@ -11,7 +11,7 @@ from jobs.bench import scores as bench_scores
 from jobs.bench.capacity import Capacity, largest
 from jobs.bench.models import Subject, bench_model
 from jobs.bench.svd import accuracy_table, relative_error, weight_of_condition
-from tests.conftest import save_tiny_model
+from tests.models import save_tiny_model
 
 
 def test_bench_matrices_have_their_condition_and_errors_are_relative():

@@ -16,8 +16,9 @@ from lorc_core.compression import compress
 from lorc_core.manifest import write_manifest
 from lorc_core.methods import METHODS
 from pipeline.registry import VARIANT_PATH, connect, find_version
-from tests.conftest import REPOSITORY, save_tiny_model, tiny_model, write_zoo
-from tests.pipeline.test_calibrated_run import write
+from tests.models import save_tiny_model, tiny_model
+from tests.paths import REPOSITORY
+from tests.zoos import write_calibrated_zoo, write_zoo
 
 
 @pytest.fixture
@@ -314,7 +315,7 @@ def test_spectrum_shows_ranks_gaps_and_the_best_preset_of_each_layer(ray_cluster
         {"method": "lorc", "schedule": "uniform", "kept_fraction": 0.5},
         {"method": "kq_joint", "kept_fraction": 0.5},
     ]
-    code, out, err = lorc("spectrum", write(tmp_path, *entries), "--workdir", tmp_path / "work")
+    code, out, err = lorc("spectrum", write_calibrated_zoo(tmp_path, *entries), "--workdir", tmp_path / "work")
     assert (code, err) == (0, "")
     for text in (
         "rotary, lorc: 64 floats",

@@ -19,30 +19,11 @@ from pipeline.storage.artifacts import load_moments
 from pipeline.storage.tables import read_rows
 from pipeline.zoo.file import load_zoo
 from pipeline.zoo_run import plan_steps, run_zoo, wanted_steps
-from tests.conftest import DEMO, save_tiny_model
-from tests.pipeline.test_zoo_run import statuses
+from tests.models import save_tiny_model
+from tests.zoos import CALIBRATED_ZOO, statuses, write_calibrated_zoo
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-ZOO = """
-name: calibrated
-models:
-  - {{name: rotary, source: ./rotary, dtype: float32}}
-  - {{name: plain, source: ./plain, dtype: float32}}
-calibration:
-  texts: [{{name: first, source: text.jsonl, part: [0, 0.5]}}]
-  window_tokens: 32
-  num_windows: 12
-  probe_windows: 3
-  shards: {shards}
-variants:
-{variants}
-evaluation:
-  texts: [{{name: rest, source: text.jsonl, part: [0.5, 1]}}]
-  window_tokens: 32
-  num_windows: 4
-gates: {{max_perplexity_rise: 0.5}}
-"""
 BUDGETS = (0.6, 0.4)
 TRAINING = {"num_steps": 18, "eval_every": 6, "batch_size": 4, "learning_rate": 0.01}
 MEASURED = (
@@ -63,18 +44,6 @@ MEASURED = (
 )
 
 
-def write(directory, *variants, shards=1):
-    """A rotary model with four kv heads, one without rotation, and their text; returns the zoo file."""
-    if not (directory / "text.jsonl").is_file():
-        save_tiny_model("llama-mha", directory / "rotary")
-        save_tiny_model("opt", directory / "plain")
-        lines = (DEMO / "heldout.jsonl").read_text().splitlines()[:8]
-        (directory / "text.jsonl").write_text("\n".join(lines))
-    rows = "\n".join(f"  - {json.dumps(variant)}" for variant in variants)
-    (directory / "zoo.yaml").write_text(ZOO.format(variants=rows, shards=shards))
-    return directory / "zoo.yaml"
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """Shared by the runs below, so that they find what others of the same recipe have finished."""
@@ -86,13 +55,13 @@ def sweep(ray_cluster, directory):
     """Every preset that is not trained, at several budgets."""
     presets = [name for name, method in METHODS.items() if method.training is None]
     entries = [{"method": name, "schedule": "uniform", "kept_fraction": list(BUDGETS)} for name in presets]
-    return presets, run_zoo(load_zoo(write(directory, *entries)), directory / "work", until="compress")
+    return presets, run_zoo(load_zoo(write_calibrated_zoo(directory, *entries)), directory / "work", until="compress")
 
 
 @pytest.fixture(scope="module")
 def measured(sweep, directory):
     """Schedules that measure, methods by layer, a budget in bytes and trained projections; three calibration shards."""
-    zoo_file = write(directory, *MEASURED, shards=3)
+    zoo_file = write_calibrated_zoo(directory, *MEASURED, shards=3)
     return zoo_file, run_zoo(load_zoo(zoo_file), directory / "work", until="evaluate")
 
 
@@ -100,7 +69,7 @@ def measured(sweep, directory):
 def deficient(ray_cluster, tmp_path_factory):
     """One calibration window is too little for a model's full rank, and one of three models gives NaN."""
     directory = tmp_path_factory.mktemp("deficient")
-    zoo_file = write(directory, {"method": "kq_joint", "schedule": "uniform", "kept_fraction": 0.5})
+    zoo_file = write_calibrated_zoo(directory, {"method": "kq_joint", "schedule": "uniform", "kept_fraction": 0.5})
     weights = save_tiny_model("llama", directory / "broken") / "model.safetensors"
     tensors = load_file(weights)
     tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
@@ -132,7 +101,7 @@ def test_four_budgets_ask_for_the_same_decompositions_and_calibration(sweep, dir
     presets, run = sweep
     entries = [{"method": name, "schedule": "uniform", "kept_fraction": [0.75, 0.6, 0.5, 0.4]} for name in presets]
     rows = "\n".join(f"  - {json.dumps(entry)}" for entry in entries)
-    (directory / "four.yaml").write_text(ZOO.format(variants=rows, shards=1))
+    (directory / "four.yaml").write_text(CALIBRATED_ZOO.format(variants=rows, shards=1))
     models, _ = plan_steps(load_zoo(directory / "four.yaml"), run.store)
     steps = distinct(wanted_steps(models, "compress"))
     done = Counter((step.name, run.store.is_done(step)) for step in steps)
@@ -232,7 +201,7 @@ def worker_at_work(node):
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_runs(tmp_path, change, message):
-    zoo_file = write(tmp_path, {"method": "kq_joint", "schedule": "fisher", "kept_fraction": 0.5})
+    zoo_file = write_calibrated_zoo(tmp_path, {"method": "kq_joint", "schedule": "fisher", "kept_fraction": 0.5})
     text = zoo_file.read_text().replace(*change, 1).replace("probe_windows: 3", "probe_windows: 1")
     zoo_file.write_text(text)
     run = run_zoo(load_zoo(zoo_file), tmp_path / "work", until="compress")

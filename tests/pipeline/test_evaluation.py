@@ -11,7 +11,8 @@ from lorc_core.model.checkpoint import read_config
 from pipeline.evaluation import device_plan, loaded_model, window_losses
 from pipeline.zoo.schema import TextEntry
 from pipeline.zoo.texts import load_rows, pin_windows, text_tokens, token_stream, tokenizer_identity
-from tests.conftest import REPOSITORY, tiny_model
+from tests.models import tiny_model
+from tests.paths import REPOSITORY
 
 GIB = 1024**3
 

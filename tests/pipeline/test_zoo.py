@@ -10,7 +10,8 @@ from lorc_core.methods import METHODS, Axes, method_from_dict
 from lorc_core.ranks.schedules import Progressive, Uniform
 from pipeline.zoo.file import load_zoo
 from pipeline.zoo.schema import cautions, variant_label
-from tests.conftest import REPOSITORY, ZOO
+from tests.paths import REPOSITORY
+from tests.zoos import ZOO
 
 
 @pytest.fixture

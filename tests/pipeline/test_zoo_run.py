@@ -23,16 +23,10 @@ from pipeline.steps.runner import cluster, what_lacks
 from pipeline.steps.step import Need
 from pipeline.zoo.file import load_zoo
 from pipeline.zoo_run import run_zoo
-from tests.conftest import save_tiny_model, write_zoo
+from tests.models import save_tiny_model
+from tests.zoos import statuses, write_zoo
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-
-def statuses(run):
-    found = {}
-    for outcome in run.outcomes:
-        found.setdefault((outcome.name, outcome.status), []).append(outcome)
-    return {key: len(outcomes) for key, outcomes in found.items()}
 
 
 def test_every_step_ran_once(finished):

@@ -23,7 +23,7 @@ from lorc_core.attention.scores.interpolated import Interpolation, slot_scores
 from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rotated_scores
 
 # Of the largest score, between two ways that round differently. The interpreter's worst against float32 arithmetic is
-# 7.4e-7 and 6.0e-4 (tests/core/test_fused_scores.py); bfloat16 has three bits fewer than float16.
+# 7.4e-7 and 6.0e-4 (test_triton_kernel.py); bfloat16 has three bits fewer than float16.
 MAX_DIFFERENCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 MAX_HEAD_DIM = 256
 MAX_ROWS = 65535  # of a batch: of a grid's third dimension

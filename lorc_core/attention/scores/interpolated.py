@@ -6,7 +6,7 @@ Only the fast pairs of the keys are rebuilt: 22 of 64 with LLaMA-3's rotation. I
 heads read a kv head: with LLaMA-3-8B's four to one nothing is gained.
 
 Rebuilt keys are rotated by every slot's own angle, whose float32 rounding grows with the position; interpolated scores
-see that of the nodes. Either is as far from exact angles as the other (tests/core/test_interpolation.py).
+see that of the nodes. Either is as far from exact angles as the other (test_interpolated.py).
 
 Shapes: H query heads, G kv heads, D head_dim, Q new tokens, S slots, K latents, P pairs, C spans, N nodes.
 """
