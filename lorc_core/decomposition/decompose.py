@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from lorc_core.decomposition.factors import Decomposition
+from lorc_core.decomposition.factors import Decomposition, log10_condition
 from lorc_core.decomposition.moments import Moments
 from lorc_core.errors import NumericsError
 from lorc_core.methods import Reader
@@ -68,6 +68,7 @@ def decompose(
         eigenvalues, vectors = torch.linalg.eigh(states if reader == "none" else states + readers)
         up, read_energies = vectors.flip(-1), eigenvalues.flip(-1).clamp(min=0)
     exact = weight.double()
+    singular_values = left_singular(exact)[1]
     weight_energies = torch.linalg.eigvalsh(partition.diagonal(exact @ exact.T)).flip(-1).clamp(min=0)
     return Decomposition(
         partition=partition,
@@ -75,7 +76,8 @@ def decompose(
         own_down=None if own_down is None else as_real(own_down.mH).mT,
         mean=moments.mean,
         rotated=rotated,
-        singular_values=left_singular(exact)[1],
+        singular_values=singular_values,
+        log10_condition=log10_condition(singular_values, exact.shape),
         **{
             name: energies.repeat_interleave(partition.rank_step, dim=-1)
             for name, energies in (
@@ -122,7 +124,18 @@ def decompose_weight(weight: Float[Tensor, "n i"], partition: Partition, mean: T
     energies = torch.stack([padded_energies(values, partition.width) for _, values, _ in found])
     whole = found[0][1] if len(found) == 1 else left_singular(weight.double())[1]
     up = torch.stack([basis for basis, _, _ in found])
-    return Decomposition(partition, up, None, mean, False, whole, energies, energies, energies)
+    return Decomposition(
+        partition=partition,
+        up=up,
+        own_down=None,
+        mean=mean,
+        rotated=False,
+        singular_values=whole,
+        log10_condition=log10_condition(whole, weight.shape),
+        weight_energies=energies,
+        state_energies=energies,
+        read_energies=energies,
+    )
 
 
 def padded_energies(singular_values: Float[Tensor, " m"], width: int) -> Float[Tensor, " w"]:

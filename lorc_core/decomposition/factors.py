@@ -128,6 +128,7 @@ class Decomposition:
         mean: The constant known for the states (a bias).
         rotated: Whether these are keys after the rotation.
         singular_values: Of the whole weight.
+        log10_condition: Of the whole weight; see `log10_condition`.
         weight_energies: Squared singular values of each block's rows of the weight.
         state_energies: Eigenvalues of the states' second moment.
         read_energies: What each direction saves of the error that the method minimises.
@@ -139,6 +140,7 @@ class Decomposition:
     mean: Float[Tensor, " n"] | None
     rotated: bool
     singular_values: Float[Tensor, " m"]
+    log10_condition: float
     weight_energies: Float[Tensor, "b w"]
     state_energies: Float[Tensor, "b w"]
     read_energies: Float[Tensor, "b w"]
@@ -162,10 +164,6 @@ class Decomposition:
         if self.own_down is not None:
             own_down = torch.cat([block[:rank] for block, rank in zip(self.own_down, ranks, strict=True)])
         return Factors(self.partition, tuple(ranks), up, own_down, self.mean, self.rotated)
-
-    @property
-    def log10_condition(self) -> float:
-        return log10_condition(self.singular_values, self.partition.kv_width)
 
 
 LayerFactors = KeysValues[Factors | None]  # None where the full width is kept
@@ -195,14 +193,19 @@ def kind_spectrum(decomposition: Decomposition) -> KindSpectrum:
     return KindSpectrum.of_flat(decomposition.partition, decomposition.log10_condition, *energies)
 
 
-def log10_condition(singular_values: Float[Tensor, " m"], size: int) -> float:
+def log10_condition(singular_values: Float[Tensor, " m"], shape: Sequence[int]) -> float:
     """log10 of sigma_max / sigma_min; infinity where the matrix is rank-deficient in float64.
 
     Args:
-        singular_values: Falling.
-        size: The larger dimension of the matrix, for the rounding threshold (that of `matrix_rank`).
+        singular_values: Of the matrix, falling.
+        shape: Of the matrix. The threshold is its larger side times the rounding unit, as in `matrix_rank`.
+
+    Returns:
+        LoRC's kappa (equation 10) as a logarithm to base 10.
+
+    Source: LoRC, arXiv 2410.03111, equation 10
     """
     largest, smallest = singular_values[0].item(), singular_values[-1].item()
-    if smallest <= size * torch.finfo(torch.float64).eps * largest:
+    if smallest <= max(shape) * torch.finfo(torch.float64).eps * largest:
         return math.inf
     return math.log10(largest) - math.log10(smallest)

@@ -93,6 +93,7 @@ def load_layer(directory: Path) -> LayerDecomposition:
             mean=tensors.get(f"{kind}.mean"),
             rotated=row["rotated"],
             singular_values=torch.tensor(row["singular_values"], dtype=torch.float64),
+            log10_condition=row["log10_condition"],
             **{
                 name: torch.tensor(row[name], dtype=torch.float64).view(tensors[f"{kind}.up"].shape[:2])
                 for name in ENERGIES

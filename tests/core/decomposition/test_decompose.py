@@ -153,7 +153,22 @@ def test_log10_condition_is_infinite_for_a_deficient_matrix_and_exact_otherwise(
     weight, _ = matrix_of_condition(16, 40, 1e5)
     assert decompose_weight(weight, joint(16), None).log10_condition == pytest.approx(5, abs=1e-9)
     assert decompose_weight(weight, Partition("head", 4, 4), None).log10_condition == pytest.approx(5, abs=1e-9)
-    assert log10_condition(torch.zeros(3, dtype=torch.float64), 3) == math.inf
+    assert log10_condition(torch.zeros(3, dtype=torch.float64), (3, 3)) == math.inf
+
+
+@pytest.mark.parametrize("shape", [(4, 2000), (2000, 4)])
+@pytest.mark.parametrize("condition", [1e12, 1e13])
+def test_log10_condition_is_infinite_where_matrix_rank_says_deficient(shape, condition):
+    """The threshold is that of the matrix's larger side, whichever it is: 2000 eps is 4e-13, 4 eps is 9e-16."""
+    weight = matrix_of_condition(min(shape), max(shape), condition)[0]
+    weight = weight if shape[0] < shape[1] else weight.T.contiguous()
+    found = decompose_weight(weight, joint(shape[0]), None).log10_condition
+    if torch.linalg.matrix_rank(weight) < 4:
+        assert condition == 1e13
+        assert found == math.inf
+    else:
+        assert condition == 1e12
+        assert found == pytest.approx(12, abs=0.01)
 
 
 @pytest.mark.parametrize("block", ["head", "group(2)"])
