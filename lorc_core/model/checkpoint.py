@@ -31,6 +31,11 @@ SINGLE_FILE = "model.safetensors"
 NUM_SAMPLES, SAMPLE_BYTES = 32, 1024
 # Never the original checkpoints that some repositories keep in a folder, nor pickles.
 HUB_FILES = ("*.json", "model*.safetensors", "*.model", "*.txt")
+# All that decides how a text is cut, of any tokenizer that transformers reads: tekken is Mistral's.
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab*", "merges.txt", "*.model", "tekken*"),
+)
 
 
 @runtime_checkable

@@ -23,7 +23,7 @@ from lorc_core.decomposition.factors import Factors
 from lorc_core.errors import ConfigError
 from lorc_core.loading import check_base, variant_and_base
 from lorc_core.model.architecture import Architecture
-from lorc_core.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from lorc_core.model.checkpoint import INDEX_FILE, SINGLE_FILE, TOKENIZER_FILES, Checkpoint
 from lorc_core.model.kinds import KINDS, PROJECTION_OF, Kind
 from lorc_core.standalone.classes import config_class, model_class
 from lorc_core.standalone.folding import Folded, fold
@@ -32,11 +32,23 @@ from lorc_core.standalone.settings import PREFIX, SCHEMA_VERSION, SETTINGS, Stor
 from lorc_core.variant import Variant
 
 SHIM_FILE = "modeling_lorc.py"
-# Beside the weights: tokenizer, generation settings, chat template, licence. Never another checkpoint or pickles.
-COPIED = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
-    *("generation_config.json", "chat_template*", "LICENSE*", "USE_POLICY*"),
-)
+# What is imported within `try` transformers does not look for itself: it would advise `pip install lorc_core`.
+SHIM = '''"""The classes of this checkpoint, for trust_remote_code=True; their code is in lorc."""
+
+try:
+    from lorc_core.standalone import base_model_class, config_class, model_class
+except ImportError as error:
+    raise ImportError(
+        "this checkpoint runs on lorc, which is on no package index: "
+        "pip install a checkout of it, or a wheel built from one"
+    ) from error
+
+{AutoConfig} = config_class("{base_type}")
+{AutoModel} = base_model_class("{base_type}")
+{AutoModelForCausalLM} = model_class("{base_type}")
+'''
+# What stands beside the weights; never another checkpoint or pickles.
+COPIED = (*TOKENIZER_FILES, "generation_config.json", "chat_template*", "LICENSE*", "USE_POLICY*")
 
 
 @dataclass(frozen=True)

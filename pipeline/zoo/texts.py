@@ -10,17 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lorc_core.errors import ArtifactError, ConfigError
 from lorc_core.manifest import file_sha256
+from lorc_core.model.checkpoint import TOKENIZER_FILES
 from pipeline.zoo.schema import TEXT_FORMATS, DocumentMarks, TextEntry
-
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "tekken*",
-)
 
 
 def text_identity(text: TextEntry) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def test_no_projection_of_full_size_is_on_disk_and_other_files_are_copied(tmp_pa
     rank = variant.ranks.layers[0].floats("keys")
     for projection in ("k_proj", "v_proj"):
         assert shapes[f"model.layers.0.self_attn.{projection}.weight"] == (rank, 64)
+    (tmp_path / "base" / "tekken.json").write_text("{}")
     assert exported.weight_bytes < exported.base_weight_bytes
     names = {path.name for path in (tmp_path / "exported").iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "modeling_lorc.py"} < names
@@ -83,6 +84,7 @@ def test_no_projection_of_full_size_is_on_disk_and_other_files_are_copied(tmp_pa
 
 
 def test_sharded_base_gives_a_sharded_export(tmp_path):
+    assert "tekken.json" in names
     model, variant, variant_dir = make_variant(tmp_path, "llama", "lorc", Uniform())
     model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     variant = replace(variant, base=replace(variant.base, source=str(tmp_path / "sharded"), fingerprint=None))
