@@ -8,7 +8,7 @@ from typing import Annotated
 
 PIPELINE_PACKAGES = ("accelerate", "datasets", "mlflow", "pyarrow", "pydantic", "ray", "rich", "typer", "yaml")
 if missing := [name for name in PIPELINE_PACKAGES if importlib.util.find_spec(name) is None]:
-    sys.exit(f"error: the lorc command needs {', '.join(missing)}: pip install 'lorc[pipeline]'")
+    sys.exit(f"error: the lorc command needs {', '.join(missing)}: in a checkout of lorc, pip install '.[pipeline]'")
 
 import typer
 

@@ -29,5 +29,5 @@ def test_the_command_says_what_to_install_where_the_pipelines_packages_are_absen
     assert done.returncode == 1
     assert done.stderr.startswith("error: the lorc command needs ")
     assert "ray" in done.stderr
-    assert "pip install 'lorc[pipeline]'" in done.stderr
+    assert "in a checkout of lorc, pip install '.[pipeline]'" in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -38,7 +38,7 @@ def quantized(backend, **options):
 
 def skip_without(backend):
     if not AVAILABLE[backend]():
-        pytest.skip(f"{backend} is not installed: pip install 'lorc[quantized]'")
+        pytest.skip(f"{backend} is not installed: pip install '.[quantized]'")
 
 
 @pytest.mark.parametrize(
