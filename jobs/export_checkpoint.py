@@ -35,7 +35,8 @@ def export_checkpoint(reference: str, directory: Path, base: Path | None, workdi
 def notes(exported: Exported | PlainExported) -> list[str]:
     """What one should know of the export beside its size."""
     if isinstance(exported, Exported):
-        return [f"{kind}: projections of full size stay, because {reason}" for kind, reason in exported.kept.items()]
+        kept = [f"{kind}: projections of full size stay, because {reason}" for kind, reason in exported.kept.items()]
+        return [*kept, "load after `import lorc_core`, or with trust_remote_code=True; both need lorc installed"]
     size = exported.head_size
     padded = [
         f"{kind}: rank {rank}, padded to {size} with zeros, in the cache too"

@@ -1,16 +1,16 @@
 """Checkpoints of their own: variants that transformers loads without their base model, and the classes that run them.
 
-What reads a variant beside its base is in `lorc_core.loading`. Exported checkpoints import `config_class` and
-`model_class` from here, so this name must stay; both are imported when they are used, since transformers takes seconds.
+What reads a variant beside its base is in `lorc_core.loading`. Exported checkpoints import the class
+functions from here, so this name must stay; they are imported when they are used, since transformers takes seconds.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorc_core.standalone.classes import config_class, model_class
+    from lorc_core.standalone.classes import base_model_class, config_class, model_class
 
-__all__ = ["config_class", "model_class"]
+__all__ = ["base_model_class", "config_class", "model_class"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 
 class StandaloneConfig(PreTrainedConfig):
-    """Mixed into a config class of transformers: once read, its model is known to `AutoModelForCausalLM`."""
+    """Mixed into a config class of transformers: once read, its models are known to the auto classes."""
 
     base_type: ClassVar[str]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModel, AutoModelForCausalLM
 
+        AutoModel.register(type(self), base_model_class(self.base_type), exist_ok=True)
         AutoModelForCausalLM.register(type(self), model_class(self.base_type), exist_ok=True)
 
 
@@ -39,8 +40,21 @@ def config_class(base_type: str) -> type[PreTrainedConfig]:
 @cache
 def model_class(base_type: str) -> "type[PreTrainedModel]":
     """The causal language model of `lorc_<base_type>`."""
-    # Here, since transformers' modelling code takes seconds.
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING  # here, since transformers' modelling code takes seconds
+
+    return standalone_class(base_type, MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base_type]])
+
+
+@cache
+def base_model_class(base_type: str) -> "type[PreTrainedModel]":
+    """The model of `lorc_<base_type>` without a head, whose output is hidden states."""
+    from transformers import MODEL_MAPPING
+
+    return standalone_class(base_type, MODEL_MAPPING[CONFIG_MAPPING[base_type]])
+
+
+def standalone_class(base_type: str, base: Any) -> "type[PreTrainedModel]":
+    """A model class of transformers with the factors inside; what it renames in checkpoints it renames in ours too."""
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
@@ -48,8 +62,6 @@ def model_class(base_type: str) -> "type[PreTrainedModel]":
 
     from lorc_core.standalone.model import StandaloneModel
 
-    base = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base_type]]
-    assert isinstance(base, type)
     conversion = get_checkpoint_conversion_mapping(base_type)
     if conversion is not None:
         register_checkpoint_conversion_mapping(f"{PREFIX}{base_type}", conversion, overwrite=True)

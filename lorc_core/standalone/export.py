@@ -25,10 +25,10 @@ from lorc_core.loading import check_base, variant_and_base
 from lorc_core.model.architecture import Architecture
 from lorc_core.model.checkpoint import INDEX_FILE, SINGLE_FILE, TOKENIZER_FILES, Checkpoint
 from lorc_core.model.kinds import KINDS, PROJECTION_OF, Kind
-from lorc_core.standalone.classes import config_class, model_class
+from lorc_core.standalone.classes import base_model_class, config_class, model_class
 from lorc_core.standalone.folding import Folded, fold
 from lorc_core.standalone.model import factors_name
-from lorc_core.standalone.settings import PREFIX, SCHEMA_VERSION, SETTINGS, StoredFactors
+from lorc_core.standalone.settings import PREFIX, SCHEMA_VERSION, SETTINGS, StoredFactors, auto_map, published_base
 from lorc_core.variant import Variant
 
 SHIM_FILE = "modeling_lorc.py"
@@ -257,7 +257,11 @@ def write_config(plan: Plan, directory: Path) -> None:
     """The base's config under the standalone model type, and the shim that names its classes."""
     variant, config = plan.variant, json.loads((plan.checkpoint.directory / "config.json").read_text())
     base_type = variant.architecture.model_type
-    classes = {"AutoConfig": config_class(base_type), "AutoModelForCausalLM": model_class(base_type)}
+    classes = {
+        "AutoConfig": config_class(base_type),
+        "AutoModel": base_model_class(base_type),
+        "AutoModelForCausalLM": model_class(base_type),
+    }
     layers = [
         {kind: asdict(stored) if (stored := plan.stored(idx, kind)) else None for kind in KINDS}
         for idx in range(len(variant.factors))
@@ -265,7 +269,7 @@ def write_config(plan: Plan, directory: Path) -> None:
     settings = {
         "schema_version": SCHEMA_VERSION,
         "architecture": variant.architecture.to_dict(),
-        "base": asdict(variant.base),
+        "base": published_base(variant.base),
         "method": variant.method.name,
         "kept_fraction": variant.kept_fraction,
         "layers": layers,
@@ -273,13 +277,9 @@ def write_config(plan: Plan, directory: Path) -> None:
     config |= {
         "model_type": f"{PREFIX}{base_type}",
         "architectures": [classes["AutoModelForCausalLM"].__name__],
-        "auto_map": {auto: f"{SHIM_FILE.removesuffix('.py')}.{one.__name__}" for auto, one in classes.items()},
+        "auto_map": auto_map(SHIM_FILE, **classes),
         SETTINGS: settings,
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (directory / SHIM_FILE).write_text(
-        f'"""Classes of this checkpoint, for trust_remote_code=True; they are in lorc: pip install lorc."""\n\n'
-        "from lorc_core.standalone import config_class, model_class\n\n"
-        f'{classes["AutoConfig"].__name__} = config_class("{base_type}")\n'
-        f'{classes["AutoModelForCausalLM"].__name__} = model_class("{base_type}")\n'
-    )
+    names = {auto: its_class.__name__ for auto, its_class in classes.items()}
+    (directory / SHIM_FILE).write_text(SHIM.format(base_type=base_type, **names))

@@ -115,6 +115,11 @@ class StandaloneModel(PreTrainedModel):
         self.__dict__["_lorc_placed_at"] = None
 
     @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """Asked by engines that attend and cache by themselves, which then hold no latents: vLLM, SGLang."""
+        return False
+
+    @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return cls.base_class._can_set_attn_implementation()  # it looks into the source of the class's module
 

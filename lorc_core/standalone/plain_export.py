@@ -10,7 +10,7 @@ Shapes: H query heads, G kv heads, M = H / G, D head_dim, R head size of the cac
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, cast
@@ -25,8 +25,8 @@ from lorc_core.errors import ConfigError, UnsupportedModelError
 from lorc_core.model.kinds import KINDS, Kind, Projection
 from lorc_core.standalone import plain_model
 from lorc_core.standalone.export import Plan, adapted, new_checkpoint, open_variant, write_weights
-from lorc_core.standalone.plain_model import MODELS
-from lorc_core.standalone.settings import PREFIX
+from lorc_core.standalone.plain_model import BASE_MODELS, MODELS
+from lorc_core.standalone.settings import PREFIX, auto_map, published_base
 from lorc_core.variant import Variant
 
 PLAIN_PREFIX = f"{PREFIX}plain_"
@@ -251,18 +251,20 @@ def plain_tensors(
 def write_plain_config(plan: Plan, ranks: dict[Kind, int], output_bias: bool, directory: Path) -> None:
     """The base's config at the smaller head size, and the file with the model's code."""
     variant, config = plan.variant, json.loads((plan.checkpoint.directory / "config.json").read_text())
-    model = MODELS[f"{PLAIN_PREFIX}{variant.architecture.model_type}"]
-    classes = {"AutoConfig": model.config_class, "AutoModelForCausalLM": model}
+    model_type = f"{PLAIN_PREFIX}{variant.architecture.model_type}"
+    model, base_model = MODELS[model_type], BASE_MODELS[model_type]
     config |= {
-        "model_type": model.config_class.model_type,
+        "model_type": model_type,
         "architectures": [model.__name__],
-        "auto_map": {auto: f"{MODEL_FILE.removesuffix('.py')}.{one.__name__}" for auto, one in classes.items()},
+        "auto_map": auto_map(
+            MODEL_FILE, AutoConfig=model.config_class, AutoModel=base_model, AutoModelForCausalLM=model
+        ),
         "head_dim": max(ranks.values()),
         "lorc_plain": {
             "rotated_head_dim": variant.architecture.head_dim,
             "output_bias": output_bias,
             "ranks": ranks,
-            "base": asdict(variant.base),
+            "base": published_base(variant.base),
             "method": variant.method.name,
         },
     }

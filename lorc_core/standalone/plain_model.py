@@ -17,22 +17,30 @@ from transformers import (
     Cache,
     GraniteConfig,
     GraniteForCausalLM,
+    GraniteModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     MistralConfig,
     MistralForCausalLM,
+    MistralModel,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Olmo2Model,
     OPTConfig,
     OPTForCausalLM,
+    OPTModel,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Model,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     SmolLM3Config,
     SmolLM3ForCausalLM,
+    SmolLM3Model,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.granite.modeling_granite import GraniteAttention
@@ -122,7 +130,7 @@ class PlainAttention(nn.Module):
 
 
 class PlainModel(PreTrainedModel):
-    """Mixed into a causal language model: its attention is that of `attention_class`."""
+    """Mixed into a model class, with or without a language model's head: its attention is `attention_class`."""
 
     config_class: type[PreTrainedConfig]
     attention_class: ClassVar[type[nn.Module]]
@@ -198,25 +206,47 @@ def plain_model(
     return type(f"Plain{base.__name__}", (PlainModel, base), names)
 
 
+PlainGraniteModel = plain_model(GraniteModel, PlainGraniteConfig, PlainGraniteAttention)
 PlainGraniteForCausalLM = plain_model(GraniteForCausalLM, PlainGraniteConfig, PlainGraniteAttention)
+PlainLlamaModel = plain_model(LlamaModel, PlainLlamaConfig, PlainLlamaAttention)
 PlainLlamaForCausalLM = plain_model(LlamaForCausalLM, PlainLlamaConfig, PlainLlamaAttention)
+PlainMistralModel = plain_model(MistralModel, PlainMistralConfig, PlainMistralAttention)
 PlainMistralForCausalLM = plain_model(MistralForCausalLM, PlainMistralConfig, PlainMistralAttention)
+PlainOlmo2Model = plain_model(Olmo2Model, PlainOlmo2Config, PlainOlmo2Attention)
 PlainOlmo2ForCausalLM = plain_model(Olmo2ForCausalLM, PlainOlmo2Config, PlainOlmo2Attention)
+PlainOPTModel = plain_model(OPTModel, PlainOPTConfig, PlainOPTAttention)
 PlainOPTForCausalLM = plain_model(OPTForCausalLM, PlainOPTConfig, PlainOPTAttention)
+PlainQwen2Model = plain_model(Qwen2Model, PlainQwen2Config, PlainQwen2Attention)
 PlainQwen2ForCausalLM = plain_model(Qwen2ForCausalLM, PlainQwen2Config, PlainQwen2Attention)
+PlainQwen3Model = plain_model(Qwen3Model, PlainQwen3Config, PlainQwen3Attention)
 PlainQwen3ForCausalLM = plain_model(Qwen3ForCausalLM, PlainQwen3Config, PlainQwen3Attention)
+PlainSmolLM3Model = plain_model(SmolLM3Model, PlainSmolLM3Config, PlainSmolLM3Attention)
 PlainSmolLM3ForCausalLM = plain_model(SmolLM3ForCausalLM, PlainSmolLM3Config, PlainSmolLM3Attention)
 
-MODELS: dict[str, type[PlainModel]] = {
-    model.config_class.model_type: model
-    for model in (
-        PlainGraniteForCausalLM,
-        PlainLlamaForCausalLM,
-        PlainMistralForCausalLM,
-        PlainOlmo2ForCausalLM,
-        PlainOPTForCausalLM,
-        PlainQwen2ForCausalLM,
-        PlainQwen3ForCausalLM,
-        PlainSmolLM3ForCausalLM,
-    )
-}
+
+def by_model_type(*models: type[PlainModel]) -> dict[str, type[PlainModel]]:
+    """Models by the `model_type` of their configs."""
+    return {model.config_class.model_type: model for model in models}
+
+
+MODELS = by_model_type(
+    PlainGraniteForCausalLM,
+    PlainLlamaForCausalLM,
+    PlainMistralForCausalLM,
+    PlainOlmo2ForCausalLM,
+    PlainOPTForCausalLM,
+    PlainQwen2ForCausalLM,
+    PlainQwen3ForCausalLM,
+    PlainSmolLM3ForCausalLM,
+)
+# What `AutoModel` builds: engines such as vLLM take these, and put their own head on them.
+BASE_MODELS = by_model_type(
+    PlainGraniteModel,
+    PlainLlamaModel,
+    PlainMistralModel,
+    PlainOlmo2Model,
+    PlainOPTModel,
+    PlainQwen2Model,
+    PlainQwen3Model,
+    PlainSmolLM3Model,
+)

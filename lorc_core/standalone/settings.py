@@ -1,7 +1,8 @@
 """What a standalone checkpoint's config says beside the model's own fields: what was compressed, and how."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -9,10 +10,28 @@ from transformers import PreTrainedConfig
 from lorc_core.errors import ArtifactError
 from lorc_core.model.architecture import Architecture
 from lorc_core.model.kinds import KINDS, KeysValues
+from lorc_core.variant import BaseModel
 
 PREFIX = "lorc_"
 SCHEMA_VERSION = 1
 SETTINGS = "lorc"  # the field
+
+
+def published_base(base: BaseModel) -> dict[str, str | None]:
+    """What an export's config says of its base model: of a directory, the name and not the path on this machine."""
+    if base.source.startswith("/"):
+        return {"source": Path(base.source).name, "fingerprint": base.fingerprint}
+    return asdict(base)
+
+
+def auto_map(module_file: str, **classes: type) -> dict[str, str]:
+    """Where transformers' auto classes find those of a checkpoint.
+
+    Args:
+        module_file: The file beside the weights that defines them.
+        classes: By the auto class.
+    """
+    return {auto: f"{module_file.removesuffix('.py')}.{its_class.__name__}" for auto, its_class in classes.items()}
 
 
 @dataclass(frozen=True)

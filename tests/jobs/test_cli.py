@@ -174,6 +174,7 @@ def test_export_then_generate_the_same_text_at_the_same_cost(lorc, variant_dir, 
     assert (code, err) == (0, "")
     assert out.startswith(f"exported to {tmp_path / 'exported'}: ")
     assert "full size stay" not in out
+    assert out.endswith("load after `import lorc_core`, or with trust_remote_code=True; both need lorc installed\n")
     texts = []
     for reference in (variant_dir, tmp_path / "exported"):
         code, text, err = lorc("generate", reference, "import os", "--max-new-tokens", 5, "--workdir", tmp_path)

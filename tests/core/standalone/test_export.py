@@ -4,6 +4,7 @@ Worst logit difference measured: 4.3e-6 in float32; the bound is 1e-4.
 """
 
 import json
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.dynamic_module_utils import get_imports
 
 import lorc_core
 from lorc_core.errors import ArtifactError, ConfigError
@@ -55,6 +57,9 @@ def test_exported_equals_attached_cached_and_uncached(tmp_path, name, method, sc
     assert torch.equal(alone.generate(ids, cache_implementation="static", **padded), text)
     assert ("keys" not in exported.kept) == keys_folded
     check_widths(alone, variant, keys_folded)
+    base_model = AutoModel.from_pretrained(tmp_path / "exported").eval()
+    assert torch.equal(base_model(ids).last_hidden_state, alone.base_model(ids).last_hidden_state)
+    assert not base_model.is_backend_compatible()  # engines that replace the cache, which holds the latents
 
 
 def check_widths(alone, variant, keys_folded):
@@ -70,21 +75,21 @@ def check_widths(alone, variant, keys_folded):
 def test_no_projection_of_full_size_is_on_disk_and_other_files_are_copied(tmp_path):
     _, variant, variant_dir = make_variant(tmp_path, "llama", "lorc", Uniform())
     (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"pickle")
+    (tmp_path / "base" / "tekken.json").write_text("{}")
     exported = lorc_core.export_variant(variant_dir, tmp_path / "exported")
     shapes = read_header(tmp_path / "exported")
     rank = variant.ranks.layers[0].floats("keys")
     for projection in ("k_proj", "v_proj"):
         assert shapes[f"model.layers.0.self_attn.{projection}.weight"] == (rank, 64)
-    (tmp_path / "base" / "tekken.json").write_text("{}")
     assert exported.weight_bytes < exported.base_weight_bytes
     names = {path.name for path in (tmp_path / "exported").iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "modeling_lorc.py"} < names
+    assert "tekken.json" in names
     assert "pytorch_model.bin" not in names
     assert AutoTokenizer.from_pretrained(tmp_path / "exported")("import os")["input_ids"]
 
 
 def test_sharded_base_gives_a_sharded_export(tmp_path):
-    assert "tekken.json" in names
     model, variant, variant_dir = make_variant(tmp_path, "llama", "lorc", Uniform())
     model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     variant = replace(variant, base=replace(variant.base, source=str(tmp_path / "sharded"), fingerprint=None))
@@ -146,14 +151,18 @@ import sys, torch
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], {options})
 torch.save(model.eval()(torch.load(sys.argv[2])).logits.detach(), sys.argv[3])
+base_model = AutoModel.from_pretrained(sys.argv[1], {options}).eval()
+assert type(base_model) is not type(model.base_model)
+expected = model.base_model(torch.load(sys.argv[2])).last_hidden_state
+assert torch.equal(base_model(torch.load(sys.argv[2])).last_hidden_state, expected)
 """
 
 
 @pytest.mark.parametrize(
     ("imports", "options"),
     [
-        ("import lorc_core\nfrom transformers import AutoModelForCausalLM", ""),
-        ("from transformers import AutoModelForCausalLM", "trust_remote_code=True"),
+        ("import lorc_core\nfrom transformers import AutoModel, AutoModelForCausalLM", ""),
+        ("from transformers import AutoModel, AutoModelForCausalLM", "trust_remote_code=True"),
     ],
     ids=["lorc", "shim"],
 )
@@ -169,6 +178,17 @@ def test_transformers_loads_it_in_a_new_process(tmp_path, monkeypatch, imports, 
     subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
     with lorc_core.attach(model, variant):
         assert_close(torch.load(tmp_path / "logits.pt"), one_pass(model, ids))
+
+
+def test_without_lorc_the_checkpoint_says_how_to_get_it(tmp_path, monkeypatch):
+    _, _, variant_dir = make_variant(tmp_path, "llama", "lorc", Uniform())
+    lorc_core.export_variant(variant_dir, tmp_path / "exported")
+    shim = tmp_path / "exported" / "modeling_lorc.py"
+    assert get_imports(shim) == []  # else transformers advises `pip install lorc_core`, which is no distribution
+    assert {"LorcLlamaConfig", "LorcLlamaModel", "LorcLlamaForCausalLM"} < runpy.run_path(str(shim)).keys()
+    monkeypatch.setitem(sys.modules, "lorc_core.standalone", None)
+    with pytest.raises(ImportError, match="on no package index: pip install a checkout"):
+        runpy.run_path(str(shim))
 
 
 def test_importing_lorc_alone_does_not_import_transformers():

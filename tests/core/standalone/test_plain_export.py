@@ -3,6 +3,7 @@
 Worst logit difference measured: 3.5e-6 in float32; the bound is 1e-4.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    StaticCache,
+)
 
 import lorc_core
 from lorc_core.errors import ConfigError, UnsupportedModelError
@@ -87,6 +95,20 @@ def test_plain_equals_attached_and_caches_as_much(tmp_path, name, method):
     static = StaticCache(config=plain.config, max_cache_len=40)
     assert_close(token_by_token(plain, ids, 7, static), expected)
     assert lorc_core.cache_bytes(cached(plain, ids)) == held < lorc_core.cache_bytes(cached(model, ids))
+    check_base_model(tmp_path / "plain", plain, ids)
+
+
+def check_base_model(directory, plain, ids):
+    """vLLM builds `AutoModel.from_config` and fills in the weights itself."""
+    expected = plain.base_model(input_ids=ids).last_hidden_state
+    loaded = AutoModel.from_pretrained(directory, trust_remote_code=True).eval()
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+    built = AutoModel.from_config(config, trust_remote_code=True).eval()
+    assert not torch.equal(built(input_ids=ids).last_hidden_state, expected)
+    built.load_state_dict(plain.base_model.state_dict())
+    for base in (loaded, built):
+        assert torch.equal(base(input_ids=ids).last_hidden_state, expected)
+        assert lorc_core.cache_bytes(cached(base, ids)) == lorc_core.cache_bytes(cached(plain, ids))
 
 
 @pytest.mark.parametrize(("name", "implementation"), [("llama", "sdpa"), ("mistral", "eager"), ("opt", "sdpa")])
@@ -133,6 +155,16 @@ def test_unequal_ranks_are_padded_and_said(tmp_path):
     assert lorc_core.cache_bytes(cached(plain, ids)) == ids.numel() * 3 * 2 * (6 + 6) * 4  # 3 layers of 2 kv heads
 
 
+def test_no_path_of_this_machine_is_in_the_config(tmp_path):
+    _, variant = save_variant(tmp_path, "llama", "kq_svd")
+    lorc_core.export_plain(tmp_path / "variant", tmp_path / "plain")
+    lorc_core.export_variant(tmp_path / "variant", tmp_path / "exported")
+    for directory, field in (("plain", "lorc_plain"), ("exported", "lorc")):
+        text = (tmp_path / directory / "config.json").read_text()
+        assert str(tmp_path) not in text
+        assert json.loads(text)[field]["base"] == {"source": "base", "fingerprint": variant.base.fingerprint}
+
+
 def test_a_dropped_value_offset_is_seen(tmp_path):
     """The control: Qwen2's o_proj has no bias of its own; this one holds what the values' biases lost."""
     model, variant = save_variant(tmp_path, "qwen2", "kq_svd")
@@ -171,14 +203,19 @@ try:
     import lorc_core
 except ImportError:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
     torch.set_num_threads(1)
     for name in sys.argv[1:]:
         AutoTokenizer.from_pretrained(f"{name}/plain", trust_remote_code=True)
         model = AutoModelForCausalLM.from_pretrained(f"{name}/plain", trust_remote_code=True).eval()
         output = model(torch.load(f"{name}/ids.pt"))
         layer = output.past_key_values.layers[0]
-        torch.save((output.logits.detach(), layer.keys.shape, layer.values.shape), f"{name}/found.pt")
+        config = AutoConfig.from_pretrained(f"{name}/plain", trust_remote_code=True)
+        base = AutoModel.from_config(config, trust_remote_code=True).eval()
+        base.load_state_dict(AutoModel.from_pretrained(f"{name}/plain", trust_remote_code=True).state_dict())
+        logits = model.lm_head(base(torch.load(f"{name}/ids.pt")).last_hidden_state)
+        assert torch.equal(logits, output.logits), name
+        torch.save((logits.detach(), layer.keys.shape, layer.values.shape), f"{name}/found.pt")
 """
 
 
