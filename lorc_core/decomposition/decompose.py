@@ -17,6 +17,7 @@ from lorc_core.decomposition.moments import Moments
 from lorc_core.errors import NumericsError
 from lorc_core.methods import Reader
 from lorc_core.model.blocks import Partition
+from lorc_core.model.channels import diagonal_blocks, split_blocks
 
 # The Gram route squares the condition number. Worst relative error of a singular value of a 1024 x 8192 matrix:
 # 4.6e-11 at kappa 3e3, 3.8e-6 at 1e6; by QR + SVD 9.5e-15 and 2.0e-12 (`lorc bench svd`).
@@ -59,7 +60,7 @@ def decompose(
     ):
         if found is not None and not torch.isfinite(found).all():
             raise NumericsError(f"the {name} holds NaN or infinity")
-    states, readers = partition.diagonal(moments.states), partition.diagonal(moments.readers)
+    states, readers = (diagonal_blocks(moment, partition) for moment in (moments.states, moments.readers))
     state_energies = torch.linalg.eigvalsh(states).flip(-1).clamp(min=0)
     own_down = None
     if reader == "interaction":
@@ -69,7 +70,7 @@ def decompose(
         up, read_energies = vectors.flip(-1), eigenvalues.flip(-1).clamp(min=0)
     exact = weight.double()
     singular_values = left_singular(exact)[1]
-    weight_energies = torch.linalg.eigvalsh(partition.diagonal(exact @ exact.T)).flip(-1).clamp(min=0)
+    weight_energies = torch.linalg.eigvalsh(diagonal_blocks(exact @ exact.T, partition)).flip(-1).clamp(min=0)
     return Decomposition(
         partition=partition,
         up=as_real(up),
@@ -119,7 +120,7 @@ def decompose_weight(weight: Float[Tensor, "n i"], partition: Partition, mean: T
     """
     if not torch.isfinite(weight).all() or (mean is not None and not torch.isfinite(mean).all()):
         raise NumericsError("the weight or its bias holds NaN or infinity")
-    rows = partition.split(weight.double().T).movedim(0, -1)
+    rows = split_blocks(weight.double().T, partition).movedim(0, -1)
     found = [left_singular(block) for block in rows]
     energies = torch.stack([padded_energies(values, partition.width) for _, values, _ in found])
     whole = found[0][1] if len(found) == 1 else left_singular(weight.double())[1]

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from lorc_core.errors import ConfigError
 from lorc_core.model.blocks import Partition
+from lorc_core.model.channels import join_blocks, split_blocks
 from lorc_core.model.kinds import KeysValues, Kind
 from lorc_core.ranks.spectra import KindSpectrum, LayerSpectrum, RankSchedule
 
@@ -76,7 +77,7 @@ class Factors:
 
     def project_down(self, states: Float[Tensor, "... n"]) -> Float[Tensor, "... k"]:
         """Latents of the states of all kv heads, block after block."""
-        blocks = self.partition.split(states)
+        blocks = split_blocks(states, self.partition)
         if len(self.ranks) == 1:
             return blocks.squeeze(-2) @ self.down.T
         padded = torch.einsum("...bw,brw->...br", blocks, self._by_block(self.down)).flatten(-2)
@@ -86,12 +87,12 @@ class Factors:
         """The states that latents stand for, without the offset."""
         if len(self.ranks) == 1:
             rows = linear(latents.reshape(-1, latents.shape[-1]), self.up)  # one matrix product, not one for each row
-            return self.partition.join(rows.view(*latents.shape[:-1], 1, -1))
+            return join_blocks(rows.view(*latents.shape[:-1], 1, -1), self.partition)
         if self._slots is not None:
             padded = latents.new_zeros(*latents.shape[:-1], len(self.ranks) * max(self.ranks))
             latents = padded.index_copy(-1, self._slots.to(latents.device), latents)
         blocks = latents.unflatten(-1, (len(self.ranks), -1))
-        return self.partition.join(torch.einsum("...br,brw->...bw", blocks, self._by_block(self.up.T)))
+        return join_blocks(torch.einsum("...br,brw->...bw", blocks, self._by_block(self.up.T)), self.partition)
 
     def offset(self) -> Float[Tensor, " n"] | None:
         """What must be added to rebuilt states, computed in float64; None where there is no mean."""

@@ -10,6 +10,7 @@ from lorc_core.decomposition.bounds import least_read_errors
 from lorc_core.decomposition.factors import Factors
 from lorc_core.decomposition.moments import LayerMoments, output_moment, over_all_heads
 from lorc_core.model.architecture import Architecture
+from lorc_core.model.channels import diagonal_blocks
 from lorc_core.model.checkpoint import WeightSource
 from lorc_core.model.kinds import PROJECTION_OF, LayerKind
 from lorc_core.model.weights import read_bias, read_weight
@@ -101,5 +102,5 @@ def least_read_error(factors: Factors, states: Float[Tensor, "n n"], readers: Fl
     partition = factors.partition
     if partition.rank_step != 1:
         return None
-    blocks = zip(partition.diagonal(states), partition.diagonal(readers), factors.ranks, strict=True)
+    blocks = zip(diagonal_blocks(states, partition), diagonal_blocks(readers, partition), factors.ranks, strict=True)
     return sum(least_read_errors(*moments)[rank].item() for *moments, rank in blocks) ** 0.5

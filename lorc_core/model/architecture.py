@@ -6,14 +6,15 @@ Shapes of the cache, how keys are rotated, and where the projections live, by th
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorc_core.errors import ConfigError
 from lorc_core.model.families import FAMILIES, Family, NormKind, family_of
 from lorc_core.model.kinds import Projection
 from lorc_core.model.rotary import Rotary, rotaries_of
+
+if TYPE_CHECKING:
+    import transformers  # named in strings alone: a zoo file is read without it, which takes seconds to import
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Architecture:
         return asdict(self)
 
 
-def architecture_of(config: PreTrainedConfig) -> Architecture:
+def architecture_of(config: "transformers.PreTrainedConfig") -> Architecture:
     """Read the facts from a transformers config.
 
     Args:
@@ -136,22 +137,22 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     )
 
 
-def fact(config: PreTrainedConfig, named: str | bool) -> bool:
+def fact(config: "transformers.PreTrainedConfig", named: str | bool) -> bool:
     """A config field, or the fact itself."""
     return named if isinstance(named, bool) else bool(getattr(config, named))
 
 
-def caches_copies(config: PreTrainedConfig) -> bool:
+def caches_copies(config: "transformers.PreTrainedConfig") -> bool:
     """Falcon's newer decoder repeats each kv head for its query heads before it caches them."""
     return config.model_type == "falcon" and config.new_decoder_architecture
 
 
-def has_norms_of_its_own(config: PreTrainedConfig) -> bool:
+def has_norms_of_its_own(config: "transformers.PreTrainedConfig") -> bool:
     """Falcon's newer decoder has, unless told otherwise, one norm for the attention and one for the MLP."""
     return caches_copies(config) and config.num_ln_in_parallel_attn in (None, 2)
 
 
-def kv_heads(config: PreTrainedConfig) -> int:
+def kv_heads(config: "transformers.PreTrainedConfig") -> int:
     """Different kv heads of a layer."""
     if config.model_type == "falcon":
         if config.new_decoder_architecture:
@@ -160,7 +161,7 @@ def kv_heads(config: PreTrainedConfig) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
-def input_norm(config: PreTrainedConfig, family: Family) -> NormKind | None:
+def input_norm(config: "transformers.PreTrainedConfig", family: Family) -> NormKind | None:
     """The norm whose gain the projections' input carries; OPT-350m has its norms elsewhere, Galactica without gain."""
     before = getattr(config, "do_layer_norm_before", True)
     return family.norm_kind if before and getattr(config, "layer_norm_elementwise_affine", True) else None

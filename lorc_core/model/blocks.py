@@ -1,14 +1,10 @@
 """How the key or value channels of one layer are split into blocks that are projected apart.
 
-Shapes: N kv_width, G kv heads, D head_dim, B blocks, W channels of a block (N = B * W).
+Numbers and names alone, so that a zoo file is read without torch; `channels` splits tensors so.
 """
 
 import re
 from dataclasses import dataclass
-
-import torch
-from jaxtyping import Float, Num, Shaped
-from torch import Tensor
 
 from lorc_core.errors import ConfigError
 from lorc_core.model.rotary import Rotary
@@ -76,38 +72,10 @@ class Partition:
         """Whether all blocks of a layer must have one rank: attention kernels need equal heads."""
         return self.block == "head"
 
-    def split(self, states: Shaped[Tensor, "... n"]) -> Shaped[Tensor, "... b w"]:
-        """The channels of each block, in the last dimension."""
-        if self.is_complex:
-            by_part = states.unflatten(-1, (self.num_kv_heads, *self._parts))
-            by_part = by_part.transpose(-1, -2) if self._interleaved else by_part
-            return by_part.movedim(-1, -3).transpose(-1, -2).flatten(-2)
-        return states.unflatten(-1, (self.num_blocks, self.width))
-
-    def join(self, blocks: Shaped[Tensor, "... b w"]) -> Shaped[Tensor, "... n"]:
-        """The inverse of `split`."""
-        if self.is_complex:
-            by_part = blocks.unflatten(-1, (2, self.num_kv_heads)).transpose(-1, -2).movedim(-3, -1)
-            return (by_part.transpose(-1, -2) if self._interleaved else by_part).flatten(-3)
-        return blocks.flatten(-2)
-
     @property
-    def _interleaved(self) -> bool:
+    def interleaved(self) -> bool:
+        """Whether the two parts of a complex channel are neighbours in a head, not half a head apart."""
         return self.block == "interleaved_frequency"
-
-    @property
-    def _parts(self) -> tuple[int, int]:
-        """How a head's channels stand: all real parts and then all imaginary ones, or pair after pair."""
-        return (self.num_blocks, 2) if self._interleaved else (2, self.num_blocks)
-
-    def diagonal(self, moment: Float[Tensor, "n n"]) -> Num[Tensor, "b w w"]:
-        """Each block's part of a second moment of all channels; complex for `frequency`, over half the channels."""
-        order = self.split(torch.arange(self.kv_width, device=moment.device))
-        parts = moment[order[:, :, None], order[:, None, :]]
-        if not self.is_complex:
-            return parts
-        (aa, ab), (ba, bb) = (half.chunk(2, dim=-1) for half in parts.chunk(2, dim=-2))
-        return torch.complex(aa + bb, ba - ab) / 2  # E[c c^H] / 2 of c = a + ib: the real moment over all rotations
 
 
 def partition_of(block: str, num_kv_heads: int, head_dim: int, rotary: Rotary | None) -> Partition:

@@ -4,11 +4,12 @@ Data, for `architecture` to read with a config in hand.
 """
 
 from dataclasses import dataclass
-from typing import Literal
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Literal
 
 from lorc_core.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    import transformers
 
 # Of RMSNorm and LayerNorm, the kinds whose stored weight is the gain less one, and without a bias.
 NormKind = Literal["rms", "rms_plus_one", "layer", "layer_unbiased"]
@@ -187,7 +188,7 @@ REASONS = {
 RECURRENT_LAYERS = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
 
 
-def reason_unsupported(config: PreTrainedConfig) -> str | None:
+def reason_unsupported(config: "transformers.PreTrainedConfig") -> str | None:
     """Why lorc cannot compress such a model, as far as it is known; None for what is merely not in `FAMILIES`."""
     for reason, model_types in REASONS.items():
         if config.model_type in model_types.split():
@@ -204,7 +205,7 @@ def reason_unsupported(config: PreTrainedConfig) -> str | None:
     return next((reason for reason, sign in signs.items() if sign), None)
 
 
-def family_of(config: PreTrainedConfig) -> Family:
+def family_of(config: "transformers.PreTrainedConfig") -> Family:
     """The row of a config's model type; UnsupportedModelError with the reason where there can be none."""
     if reason := reason_unsupported(config):
         raise UnsupportedModelError(f"model type {config.model_type!r} is not supported: {reason}")

@@ -1,13 +1,13 @@
 """How a model rotates its keys, from its config alone: channels, pairing, frequencies."""
 
 from dataclasses import dataclass, field
-
-import torch
-from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from typing import TYPE_CHECKING
 
 from lorc_core.errors import UnsupportedModelError
 from lorc_core.model.families import Family
+
+if TYPE_CHECKING:
+    import transformers
 
 # `dynamic` and `longrope` change their frequencies past the original length; those here are the ones within it.
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -33,7 +33,7 @@ class Rotary:
 
 
 def rotaries_of(
-    config: PreTrainedConfig, family: Family, head_dim: int
+    config: "transformers.PreTrainedConfig", family: Family, head_dim: int
 ) -> tuple[tuple[Rotary, ...], tuple[int | None, ...]]:
     """Every kind of rotation, and which of them each layer has."""
     num_layers = config.num_hidden_layers
@@ -51,7 +51,7 @@ def rotaries_of(
     )
 
 
-def rotary_of(config: PreTrainedConfig, family: Family, head_dim: int, layer_type: str | None) -> Rotary:
+def rotary_of(config: "transformers.PreTrainedConfig", family: Family, head_dim: int, layer_type: str | None) -> Rotary:
     """One kind of rotation, as transformers computes it; the plain kind has no function of its own there."""
     parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
     rope_type = parameters["rope_type"]
@@ -64,6 +64,8 @@ def rotary_of(config: PreTrainedConfig, family: Family, head_dim: int, layer_typ
         factor = parameters.get("partial_rotary_factor", 1.0) if family.partial else 1.0
         frequencies = plain_frequencies(parameters["rope_theta"], int(head_dim * factor))
     else:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # here alone: it takes seconds
+
         found, scale = ROPE_INIT_FUNCTIONS[rope_type](config, **({"layer_type": layer_type} if layer_type else {}))
         frequencies = tuple(found.tolist())
     return Rotary(2 * len(frequencies), family.interleaved, layer_type, frequencies, float(scale))
@@ -71,5 +73,7 @@ def rotary_of(config: PreTrainedConfig, family: Family, head_dim: int, layer_typ
 
 def plain_frequencies(theta: float, num_channels: int) -> tuple[float, ...]:
     """theta^(-2i / num_channels), in float32 as the models have it."""
+    import torch
+
     exponents = torch.arange(0, num_channels, 2, dtype=torch.float) / num_channels
     return tuple((theta**-exponents).tolist())

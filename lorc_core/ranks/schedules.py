@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
-import torch
-
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.model.kinds import KINDS, Kind, by_layer
 from lorc_core.ranks.budgets import check_kept_fraction, fit
@@ -195,8 +193,12 @@ class Fisher(Schedule):
     probe: ClassVar[Probe | None] = "fisher"
 
     def gains(self, spectrum: KindSpectrum, layer_idx: int, kind: Kind, probes: Probes) -> Energies:
+        import torch  # here alone: a zoo file is read without torch, which takes seconds to import
+
+        from lorc_core.model.channels import split_blocks
+
         by_channel = torch.tensor(probes.fisher[layer_idx][kind], dtype=torch.float64)
-        by_block = spectrum.partition.split(by_channel).sum(dim=-1).tolist()
+        by_block = split_blocks(by_channel, spectrum.partition).sum(dim=-1).tolist()
         return tuple(tuple(value / rank for rank in range(1, spectrum.partition.width + 1)) for value in by_block)
 
     def climb(self, spectra: Sequence[LayerSpectrum], stairs: Sequence[Staircase], probes: Probes) -> Climb:

@@ -12,6 +12,7 @@ from torch.nn.functional import linear, pad
 
 from lorc_core.decomposition.factors import Factors
 from lorc_core.model.blocks import Partition
+from lorc_core.model.channels import join_blocks, split_blocks
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class StandaloneFactors(Factors):
         """Latents of the states of all kv heads, block after block."""
         if not self.folded:
             return super().project_down(states)
-        blocks = self.partition.split(states).unbind(-2)
+        blocks = split_blocks(states, self.partition).unbind(-2)
         return torch.cat([block[..., :rank] for block, rank in zip(blocks, self.ranks, strict=True)], dim=-1)
 
     def offset(self) -> Float[Tensor, " n"] | None:
@@ -78,7 +79,7 @@ class LatentProjection(nn.Linear):
         latents = linear(inputs, self.weight, self.bias).split(self.ranks, dim=-1)
         width = self.partition.width
         blocks = [pad(part, (0, width - rank)) for part, rank in zip(latents, self.ranks, strict=True)]
-        return self.partition.join(torch.stack(blocks, dim=-2))
+        return join_blocks(torch.stack(blocks, dim=-2), self.partition)
 
 
 @dataclass(frozen=True)

@@ -31,3 +31,10 @@ def test_the_command_says_what_to_install_where_the_pipelines_packages_are_absen
     assert "ray" in done.stderr
     assert "in a checkout of lorc, pip install '.[pipeline]'" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_methods_and_schedules_are_known_without_torch():
+    """A wrong zoo file is refused by what reads methods alone; torch and transformers take seconds to import."""
+    script = "import sys, lorc_core.methods; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")

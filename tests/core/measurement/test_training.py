@@ -15,6 +15,7 @@ from lorc_core.measurement.calibration import calibrate
 from lorc_core.measurement.training import Trainer, change_basis, trained_layers
 from lorc_core.methods import METHODS, Training
 from lorc_core.model.architecture import architecture_of
+from lorc_core.model.channels import diagonal_blocks
 from lorc_core.model.kinds import KINDS, LayerKind
 from tests.models import tiny_model
 
@@ -91,7 +92,7 @@ def test_rotated_energies_are_what_each_direction_saves(method):
     found = change_basis(layer, rotation, axes.reader)
     calibrated = calibrate(model, [text(model)])[1]
     moments = moments_of(LoadedWeights(model), architecture, LayerKind(1, "values"), axes, calibrated)
-    states, readers = (layer.partition.diagonal(moment) for moment in (moments.states, moments.readers))
+    states, readers = (diagonal_blocks(moment, layer.partition) for moment in (moments.states, moments.readers))
     for block in range(blocks):
         M = readers[block] if axes.reader == "interaction" else torch.eye(width, dtype=torch.float64)
         for rank in range(width + 1):

@@ -10,6 +10,7 @@ from lorc_core.decomposition.moments import Moments
 from lorc_core.errors import ConfigError
 from lorc_core.methods import Axes
 from lorc_core.model.blocks import Partition, group_size, partition_of
+from lorc_core.model.channels import diagonal_blocks, join_blocks, split_blocks
 from lorc_core.model.rotary import Rotary
 from tests.materialised import channels_of, dense_projection
 from tests.spectra import random_matrix
@@ -37,17 +38,17 @@ def test_split_takes_each_blocks_channels_and_join_is_its_inverse(block, groups,
     heads = 4 * groups
     partition = Partition(block, heads, 2 * half)
     states = torch.arange(partition.kv_width).expand(*rows, -1) + torch.rand(*rows, 1)
-    blocks = partition.split(states)
+    blocks = split_blocks(states, partition)
     expected = channels_of(block, heads, 2 * half)
     assert (partition.num_blocks, partition.width) == (len(expected), len(expected[0]))
     torch.testing.assert_close(blocks, torch.stack([states[..., channels] for channels in expected], dim=-2))
-    assert torch.equal(partition.join(blocks), states)
+    assert torch.equal(join_blocks(blocks, partition), states)
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block != "frequency"])
 def test_diagonal_is_each_blocks_part_of_the_moment(block):
     moment = random_moment(24, 30, 0)
-    found = partition_of(block, 4, 6, rotary(6)).diagonal(moment)
+    found = diagonal_blocks(moment, partition_of(block, 4, 6, rotary(6)))
     for part, channels in zip(found, channels_of(block, 4, 6), strict=True):
         for row, channel in enumerate(channels):
             for column, other in enumerate(channels):
@@ -62,7 +63,7 @@ def test_the_frequency_diagonal_is_the_moment_averaged_over_all_rotations():
     for turn in range(turns):
         turned = rotate(states.T, torch.full((2,), 2 * torch.pi * turn / turns, dtype=torch.float64), heads).T
         averaged += turned @ turned.T / turns
-    found = partition_of("frequency", heads, head_dim, rotary(head_dim)).diagonal(states @ states.T)
+    found = diagonal_blocks(states @ states.T, partition_of("frequency", heads, head_dim, rotary(head_dim)))
     for part, channels in zip(found, channels_of("frequency", heads, head_dim), strict=True):
         real = torch.cat([torch.cat([part.real, -part.imag], 1), torch.cat([part.imag, part.real], 1)])
         torch.testing.assert_close(real, averaged[channels][:, channels])
