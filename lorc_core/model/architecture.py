@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorc_core.errors import ConfigError
 from lorc_core.model.families import FAMILIES, Family, NormKind, family_of
 from lorc_core.model.kinds import Projection
 from lorc_core.model.rotary import Rotary, rotaries_of
+from lorc_core.model.sizes import check_sizes
 
 if TYPE_CHECKING:
     import transformers  # named in strings alone: a zoo file is read without it, which takes seconds to import
@@ -110,12 +110,10 @@ def architecture_of(config: "transformers.PreTrainedConfig") -> Architecture:
 
     Raises:
         UnsupportedModelError: The model type, its attention or its rotary scaling is not one lorc knows.
-        ConfigError: A size is not positive.
+        ArtifactError: A size is impossible; see `check_sizes`.
     """
     family = family_of(config)
-    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
-        if not getattr(config, name, 0) >= 1:
-            raise ConfigError(f"{config.model_type}: config field {name} must be at least 1")
+    check_sizes(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     num_kv_heads = kv_heads(config)
     rotaries, rotary_of_layer = rotaries_of(config, family, head_dim)

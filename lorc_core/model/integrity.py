@@ -1,0 +1,125 @@
+"""Whether a checkpoint holds the model that its config describes: every tensor there, in its shape, in numbers.
+
+transformers fills what is missing with random numbers and goes on; a model like that must never be scored. Only the
+files' headers are read, and the model is built without memory, so a checkpoint of 140 GB takes as long as a small one.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from lorc_core.errors import ArtifactError, UnsupportedModelError
+from lorc_core.model.checkpoint import Checkpoint
+
+# safetensors' names of the numbers that a weight may be stored in.
+WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What transformers' model classes raise for values of a config that they do not know or cannot use.
+BUILDING_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+MAX_NAMED = 3  # tensors that an error names
+
+
+def check_checkpoint(checkpoint: Checkpoint, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> None:
+    """Refuse a checkpoint that is not whole, before anything runs.
+
+    Args:
+        checkpoint: Its headers are read, no tensor is.
+        config: Of the model; its sizes were checked by `architecture_of`.
+        trust_remote_code: Whether the model's own code may be run.
+
+    Raises:
+        ArtifactError: A tensor is missing, unexpected, of another shape or no float; the message names it.
+        UnsupportedModelError: The weights are quantized.
+    """
+    if quantization := getattr(config, "quantization_config", None):
+        name = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: the weights are quantized ({name}), which lorc cannot read; take the model in "
+            "bfloat16, float16 or float32"
+        )
+    stored = {name: entry for header in checkpoint.headers.values() for name, entry in header.items()}
+    empty = {
+        name: torch.empty(entry["shape"], dtype=WEIGHT_DTYPES[entry["dtype"]], device="meta")
+        for name, entry in stored.items()
+        if entry["dtype"] in WEIGHT_DTYPES
+    }
+    problems = loading_problems(
+        causal_model_class(config, trust_remote_code=trust_remote_code), config, empty, checkpoint
+    )
+    missing = problems["missing_keys"]
+    if not_floats := sorted(missing & (stored.keys() - empty.keys())):
+        dtype = stored[not_floats[0]]["dtype"]
+        raise ArtifactError(
+            f"{checkpoint.directory}: tensor {not_floats[0]} is stored as {dtype}; weights must be one of "
+            f"{', '.join(WEIGHT_DTYPES)}"
+        )
+    if missing:
+        raise ArtifactError(f"{checkpoint.directory}: {named(missing)} missing, which the config's model has")
+    if mismatched := sorted(problems["mismatched_keys"], key=lambda problem: problem[0]):
+        name, shape, expected = mismatched[0]
+        raise ArtifactError(
+            f"{checkpoint.directory}: tensor {name} is {tuple(shape)}, the config's model has {tuple(expected)}"
+        )
+    if unexpected := problems["unexpected_keys"]:
+        raise ArtifactError(f"{checkpoint.directory}: {named(unexpected)} unexpected: the config's model has no such")
+
+
+def loading_problems(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    empty: dict[str, torch.Tensor],
+    checkpoint: Checkpoint,
+) -> dict[str, set[Any]]:
+    """What transformers itself finds wrong when it loads tensors of these names and shapes, none of which has memory.
+
+    Its own renaming, tied weights and buffers that older checkpoints carry are thereby taken into account.
+    """
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # its report of the same problems
+    try:
+        with torch.device("meta"):
+            loaded: Any = model_class.from_pretrained(
+                None,  # there are files, but the state dict is given
+                config=config,
+                state_dict=empty,
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except BUILDING_ERRORS as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ArtifactError(
+            f"{checkpoint.directory / 'config.json'}: no model can be built from it ({type(error).__name__}: {reason})"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(before)
+    return loaded[1]
+
+
+def causal_model_class(config: PreTrainedConfig, *, trust_remote_code: bool) -> type[PreTrainedModel]:
+    """The class that `AutoModelForCausalLM` would take; the model's own where its code may be run."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return known
+    with torch.device("meta"):
+        return type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+
+
+def named(tensors: Iterable[str]) -> str:
+    """ "tensor a is", or "tensors a, b, c and 40 more are"."""
+    names = sorted(tensors)
+    if len(names) == 1:
+        return f"tensor {names[0]} is"
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return f"tensors {', '.join(names[:MAX_NAMED])}{more} are"

@@ -1,0 +1,109 @@
+"""Checkpoints that are not whole are refused by name; every family's own checkpoint passes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorc_core.errors import ArtifactError, UnsupportedModelError
+from lorc_core.model.checkpoint import Checkpoint, read_config
+from lorc_core.model.integrity import check_checkpoint
+from tests.families import CONFIGS, tiny_model
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def llama(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def check(directory):
+    check_checkpoint(Checkpoint(directory), read_config(directory))
+
+
+def change_tensors(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(directory, **fields):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | fields))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_as_it_is_saved_passes(name, tmp_path):
+    tiny_model(name).save_pretrained(tmp_path)
+    check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(UP), f"tensor {UP} is missing"),
+        (
+            lambda tensors: [tensors.pop(name) for name in list(tensors) if ".mlp." in name],
+            r"tensors model.layers.0.mlp.down_proj.weight, .* and 6 more are missing",
+        ),
+        (lambda tensors: tensors.update({UP: tensors[UP][:-1]}), rf"tensor {UP} is \(47, 32\), .* has \(48, 32\)"),
+        (lambda tensors: tensors.update({UP: tensors[UP].bool()}), f"tensor {UP} is stored as BOOL; .* F64, F32"),
+        (lambda tensors: tensors.update({UP: tensors[UP].to(torch.int8)}), f"tensor {UP} is stored as I8"),
+        (lambda tensors: tensors.update({UP: tensors[UP].to(torch.float8_e4m3fn)}), "stored as F8_E4M3"),
+        (
+            lambda tensors: tensors.update({"model.layers.7.mlp.up_proj.weight": tensors[UP].clone()}),
+            "tensor model.layers.7.mlp.up_proj.weight is unexpected",
+        ),
+    ],
+    ids=["missing", "many missing", "shape", "bool", "int8", "float8", "unexpected"],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused_by_name(llama, change, message):
+    change_tensors(llama, change)
+    with pytest.raises(ArtifactError, match=message):
+        check(llama)
+
+
+def test_transformers_itself_scores_a_missing_tensor_as_random_numbers(llama):
+    """The control: without the check a model with a missing tensor loads without an error."""
+    from transformers import AutoModelForCausalLM
+
+    whole = load_file(llama / "model.safetensors")[UP]
+    change_tensors(llama, lambda tensors: tensors.pop(UP))
+    loaded = AutoModelForCausalLM.from_pretrained(llama).get_parameter(UP)
+    assert not torch.equal(loaded, whole)
+
+
+def test_tied_weights_need_no_tensor_of_their_own(tmp_path):
+    tiny_model("gemma").save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    check(tmp_path)
+
+
+def test_a_checkpoint_without_its_head_is_refused(tmp_path):
+    tiny_model("llama").base_model.save_pretrained(tmp_path)
+    with pytest.raises(ArtifactError, match=r"tensor lm_head\.weight is missing"):
+        check(tmp_path)
+
+
+def test_quantized_weights_are_refused(llama):
+    change_config(llama, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UnsupportedModelError, match=r"quantized \(gptq\)"):
+        check(llama)
+
+
+def test_an_unknown_activation_is_refused_by_its_name(llama):
+    change_config(llama, hidden_act="no-such-thing")
+    with pytest.raises(ArtifactError, match=r"config.json: no model can be built from it .*no-such-thing"):
+        check(llama)
+
+
+def test_shards_are_checked_like_one_file(llama, tmp_path):
+    model = tiny_model("llama")
+    shutil.rmtree(llama)
+    model.save_pretrained(llama, max_shard_size="20KB")
+    assert len(list(llama.glob("*.safetensors"))) > 1
+    check(llama)

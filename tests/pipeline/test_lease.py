@@ -1,0 +1,109 @@
+"""One run at a time in a work directory; a lease whose holder is gone expires."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+
+from lorc_core.errors import ConfigError
+from pipeline.storage import lease as lease_module
+from pipeline.storage.lease import LEASE_FILE, Holder, lease
+
+HOLD = "import sys, time; from pathlib import Path; from pipeline.storage.lease import lease\nwith lease(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
+
+
+def write_lease(directory, holder, age_s=0.0):
+    path = directory / LEASE_FILE
+    path.write_text(json.dumps(asdict(holder)))
+    stamp = path.stat().st_mtime - age_s
+    os.utime(path, (stamp, stamp))
+
+
+def test_a_second_run_is_refused_by_process_and_host(tmp_path):
+    with lease(tmp_path), pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on "), lease(tmp_path):
+        pass
+
+
+def test_a_lease_given_back_leaves_nothing(tmp_path):
+    with lease(tmp_path):
+        pass
+    with lease(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_gives_the_lease_back(tmp_path):
+    with pytest.raises(KeyError), lease(tmp_path):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_process_of_this_machine_loses_its_lease_at_once(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match=f"process {process.pid} on "), lease(tmp_path):
+        pass
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    with lease(tmp_path):
+        pass
+
+
+def test_a_new_process_with_the_number_of_a_dead_one_is_another(tmp_path):
+    mine = Holder.this_process()
+    write_lease(tmp_path, replace(mine, process_started=mine.process_started - 1000))
+    with lease(tmp_path):
+        pass
+
+
+def test_a_holder_elsewhere_keeps_its_lease_while_its_heart_beats(tmp_path):
+    elsewhere = replace(Holder.this_process(), host="another-machine")
+    write_lease(tmp_path, elsewhere, age_s=lease_module.EXPIRES_S - 10)
+    with pytest.raises(ConfigError, match=r"on another-machine, since .* \(heartbeat 5\d s ago\)"), lease(tmp_path):
+        pass
+    write_lease(tmp_path, elsewhere, age_s=lease_module.EXPIRES_S + 1)
+    with lease(tmp_path):
+        assert json.loads((tmp_path / LEASE_FILE).read_text())["host"] != "another-machine"
+
+
+def test_the_heartbeat_renews_the_lease(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.01)
+    with lease(tmp_path):
+        os.utime(tmp_path / LEASE_FILE, (0, 0))
+        while (tmp_path / LEASE_FILE).stat().st_mtime == 0:  # the test's own time limit ends it
+            pass
+
+
+def test_a_lease_that_was_taken_over_is_not_given_back_for_the_new_holder(tmp_path):
+    other = replace(Holder.this_process(), token="other")
+    with lease(tmp_path):
+        write_lease(tmp_path, other)
+    assert json.loads((tmp_path / LEASE_FILE).read_text())["token"] == "other"
+
+
+def test_a_damaged_lease_is_put_aside(tmp_path):
+    (tmp_path / LEASE_FILE).write_text("{")
+    with lease(tmp_path):
+        pass
+
+
+def test_of_many_processes_at_once_one_holds_the_lease(tmp_path):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    refused = 0
+    while refused < 2:
+        refused = sum(process.poll() is not None for process in processes)
+    holders = [process for process in processes if process.poll() is None]
+    assert len(holders) == 1
+    assert holders[0].stdout.readline() == "held\n"
+    holders[0].kill()
+    for process in processes:
+        process.communicate()
