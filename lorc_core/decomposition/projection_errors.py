@@ -1,12 +1,16 @@
-"""What a variant's projections lose: at most, on calibration text, and at the least for their ranks."""
+"""What a variant's projections lose: at most, on calibration text, and at the least for their ranks.
 
+Shapes: N kv_width. Everything is float64.
+"""
+
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorc_core.decomposition.bounds import least_read_errors
+from lorc_core.decomposition.bounds import least_read_errors, projection_bound, read_error
 from lorc_core.decomposition.factors import Factors
 from lorc_core.decomposition.moments import LayerMoments, output_moment, over_all_heads
 from lorc_core.model.architecture import Architecture
@@ -21,13 +25,16 @@ class ProjectionErrors:
     """Of one layer's keys or values, root mean square over tokens; None where it was not measured.
 
     Attributes:
-        bound: Theorem 1 of LoRC, for any projection: the spectral norm of (I - P) W times the length of the input (of
-            length one, without calibration). None for keys after a norm, or after the rotation unless their projection
-            commutes with it: they are no linear map of the input.
+        bound: LoRC's theorem 1 for any projection: `projection_bound` times the root mean square length of the input
+            (length one, without calibration), and what is lost of the bias. None for keys after a norm, or after the
+            rotation unless their projection commutes with it: they are no linear map of the input.
         error: Measured length of what the cache loses of the states.
-        read_error: Measured root of tr(M (I - P) C (I - P)^T): of the logits, or of the attention output for weights
-            of one.
-        least_read_error: The least that a projection with as many floats, in the same blocks, can have.
+        read_error: Measured root of tr(M R C R^T). Of keys: the error of the products q . k, before their scale and
+            the softmax, squares summed over the query heads and averaged over all pairs of tokens. Of values: the
+            error of what the heads add to the attention's output where one token has all the weight, squares summed
+            over the heads.
+        least_read_error: The least `read_error` that a projection with as many floats, in the same blocks, can have.
+            None for complex blocks, where it is not known.
     """
 
     bound: float | None
@@ -51,21 +58,24 @@ def projection_errors(
         place: Layer and kind.
         factors: The projection; None where nothing is lost.
         calibrated: What calibration measured of the layer, if there was any.
+
+    Returns:
+        The bound always where there is one; the rest where there was calibration.
+
+    Raises:
+        ArtifactError: A tensor is absent.
+        NumericsError: What reads the states holds NaN or infinity.
     """
     if factors is None:
-        return ProjectionErrors(0.0, *(None if calibrated is None else 0.0 for _ in range(3)))
+        measured = None if calibrated is None else 0.0
+        return ProjectionErrors(0.0, measured, measured, measured)
     exact = factors.to("cpu", torch.float64)
     identity = torch.eye(architecture.kv_width, dtype=torch.float64)
     rest = identity - exact.rebuild(exact.project_down(identity)).T
-    rotated = factors.rotated and not factors.partition.is_complex  # those commute with the rotation
-    bound = None
-    normalised = place.kind == "keys" and architecture.qk_norm
-    if not rotated and not normalised:
-        lost_weight = rest @ read_weight(source, architecture, place.layer_idx, PROJECTION_OF[place.kind]).double()
-        bound = torch.linalg.eigvalsh(lost_weight @ lost_weight.T)[-1].clamp(min=0).sqrt().item()
-        if calibrated is not None:
-            bound *= calibrated.moments["inputs"].about(None).item() ** 0.5
-        bound += lost_constant(source, architecture, place, exact, rest)
+    # complex blocks commute with the rotation, so theirs are measured before it, where keys are linear in the input
+    rotated = factors.rotated and not factors.partition.is_complex
+    linear = not rotated and not (place.kind == "keys" and architecture.qk_norm)
+    bound = _bound(source, architecture, place, exact, rest, calibrated) if linear else None
     if calibrated is None:
         return ProjectionErrors(bound, None, None, None)
     prefix = "rotated_" if rotated else ""
@@ -75,29 +85,44 @@ def projection_errors(
     else:
         queries = calibrated.moments[prefix + "queries"].total / calibrated.num_tokens
         readers = torch.block_diag(*queries)
-    lost = rest @ states @ rest.T
     return ProjectionErrors(
         bound=bound,
-        error=torch.trace(lost).clamp(min=0).sqrt().item(),
-        read_error=torch.trace(readers @ lost).clamp(min=0).sqrt().item(),
-        least_read_error=least_read_error(factors, states, readers),
+        error=math.sqrt(max(read_error(states, identity, rest), 0.0)),
+        read_error=math.sqrt(max(read_error(states, readers, rest), 0.0)),
+        least_read_error=_least_read_error(factors, states, readers),
     )
 
 
-def lost_constant(
+def _bound(
+    source: WeightSource,
+    architecture: Architecture,
+    place: LayerKind,
+    factors: Factors,
+    rest: Float[Tensor, "n n"],
+    calibrated: LayerMoments | None,
+) -> float:
+    """Root mean square of what is lost, at most: of W x, and of the constant."""
+    weight = read_weight(source, architecture, place.layer_idx, PROJECTION_OF[place.kind])
+    bound = projection_bound(weight, rest)
+    if calibrated is not None:
+        bound *= calibrated.moments["inputs"].about(None).item() ** 0.5
+    return bound + _lost_constant(source, architecture, place, factors, rest)
+
+
+def _lost_constant(
     source: WeightSource,
     architecture: Architecture,
     place: LayerKind,
     factors: Factors,
     rest: Float[Tensor, "n n"],
 ) -> float:
-    """Length of (I - P) (b - m): what is lost of the bias where another constant is kept, a LayerNorm's included."""
+    """Length of R (b - m): what is lost of the bias where another constant is kept, a LayerNorm's included."""
     stored = read_bias(source, architecture, place.layer_idx, PROJECTION_OF[place.kind])
     bias = torch.zeros(architecture.kv_width, dtype=torch.float64) if stored is None else stored.double()
     return (rest @ (bias if factors.mean is None else bias - factors.mean)).norm().item()
 
 
-def least_read_error(factors: Factors, states: Float[Tensor, "n n"], readers: Float[Tensor, "n n"]) -> float | None:
+def _least_read_error(factors: Factors, states: Float[Tensor, "n n"], readers: Float[Tensor, "n n"]) -> float | None:
     """The best that projections of these ranks can do, block by block; not known for complex blocks."""
     partition = factors.partition
     if partition.rank_step != 1:
