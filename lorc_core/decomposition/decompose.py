@@ -108,6 +108,9 @@ def balanced_factors(
 def decompose_weight(weight: Float[Tensor, "n i"], partition: Partition, mean: Tensor | None) -> Decomposition:
     """`decompose` for C = W W^T and no reader, without squaring the condition number of an ill-conditioned weight.
 
+    With W = U Sigma V^T, `up` is U and `down` U^T: the latents U^T W x are LoRC's Sigma V^T x, and what reads them
+    takes in U.
+
     Args:
         weight: (kv_width, in_features), as in `nn.Linear.weight`.
         partition: Real blocks.
@@ -116,7 +119,7 @@ def decompose_weight(weight: Float[Tensor, "n i"], partition: Partition, mean: T
     Raises:
         NumericsError: The weight or the bias holds NaN or infinity.
 
-    Source: LoRC, arXiv 2410.03111, section 3; Eckart and Young 1936, https://doi.org/10.1007/BF02288367
+    Source: LoRC, arXiv 2410.03111, section 4.1, equations 5 to 9; Eckart and Young 1936, https://doi.org/10.1007/BF02288367
     """
     if not torch.isfinite(weight).all() or (mean is not None and not torch.isfinite(mean).all()):
         raise NumericsError("the weight or its bias holds NaN or infinity")

@@ -112,15 +112,17 @@ class Uniform(Schedule):
 class Progressive(Schedule):
     """LoRC's ramp: layers are cut the more, the smaller their cumulative condition number (Eq. 12 and 13).
 
-    d_max is the full width and d_min is solved for the target. Where d_min has reached `min_rank` and the target is
-    lower still, d_max is lowered, which the paper does not do; the schedule's note then says so. Keys and values of a
-    layer get the same.
+    d_max is the full width and d_min is solved for the target (section 6.2). Where d_min has reached `min_rank` and the
+    target is lower still, d_max is lowered, which the paper does not do; the schedule's note then says so. Keys and
+    values of a layer get the same (Algorithm 1).
 
     Attributes:
         min_rank: Least rank of any layer, rounded up to a multiple.
-        skip_above_log10_condition: Layers whose cumulative log10 condition number is above are left uncompressed.
+        skip_above_log10_condition: Layers whose cumulative log10 condition number is above are left uncompressed, the
+            first ones, as in Algorithm 1. They count in the ramp's ends and in the kept fraction. The paper's 30 and
+            90 (section 6.2) are logarithms of a base that it does not say.
 
-    Source: LoRC, arXiv 2410.03111, section 3.3
+    Source: LoRC, arXiv 2410.03111, section 4.2: equations 12 and 13, Algorithm 1
     """
 
     min_rank: int = 1
@@ -321,8 +323,13 @@ def best_first(stairs: Sequence[Staircase]) -> Climb:
 def cumulative_log10_condition(spectra: Sequence[LayerSpectrum]) -> list[float]:
     """log10 of Eq. 12 for each layer: the product over this and all deeper layers of kappa(W_k) kappa(W_v).
 
+    W_k and W_v are whole, of all heads. The paper's text before the equation says "all preceding layers"; equation and
+    Algorithm 1 multiply this and the deeper ones.
+
     Raises:
         NumericsError: A condition number is infinite (a rank-deficient weight); the message names the layer.
+
+    Source: LoRC, arXiv 2410.03111, equation 12
     """
     for layer_idx, layer in enumerate(spectra):
         for kind in KINDS:
@@ -336,7 +343,7 @@ def cumulative_log10_condition(spectra: Sequence[LayerSpectrum]) -> list[float]:
 
 
 def ramp_depths(cumulative: Sequence[float]) -> list[float]:
-    """Eq. 13's bracket: 0 at the layer with the largest cumulative condition number, 1 at the smallest."""
+    """LoRC's Eq. 13, the round bracket: 0 at the largest cumulative condition number of all layers, 1 at the least."""
     highest, lowest = max(cumulative), min(cumulative)
     spread = highest - lowest
     return [(highest - value) / spread if spread > 0 else 0.0 for value in cumulative]
