@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from lorc_core.attention.placement import placement_of
 from lorc_core.errors import UnsupportedModelError
 from lorc_core.model.architecture import Architecture
 from lorc_core.model.kinds import Projection
@@ -40,8 +41,7 @@ def hook_adapters(model: PreTrainedModel, architecture: Architecture, tensors: A
     handles = []
     for name, path in adapted_modules(architecture).items() if tensors else ():
         module = model.base_model.get_submodule(path)
-        like = next(module.parameters())
-        down, up = (tensors[f"{name}.{part}"].to(like.device, like.dtype) for part in ("down", "up"))
+        down, up = (tensors[f"{name}.{part}"].to(*placement_of(module)) for part in ("down", "up"))
         handles.append(module.register_forward_hook(partial(add_product, down, up)))
     return handles
 

@@ -5,6 +5,7 @@ compressed before the rotation, the rotation for the identity; `latent_attention
 calls. Calibration looks at a model's queries, keys and values through the same hooks.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -22,6 +23,7 @@ from lorc_core.attention.call import AttentionCall, Observed
 from lorc_core.attention.latent_attention import STATE_ATTRIBUTE, latent_attention
 from lorc_core.attention.latent_cache import LatentCache
 from lorc_core.attention.layer_state import LayerState
+from lorc_core.attention.placement import placement_of
 from lorc_core.attention.positions import RowPositions
 from lorc_core.attention.scores.slot_turns import SlotTurns
 from lorc_core.attention.self_attending import OwnAttention, RebuildingCache
@@ -97,19 +99,23 @@ class Attachment:
         self.layers: list[LayerState | None] = []
         self._underlying = model.config._attn_implementation
         self._handles: list[RemovableHandle] = []
+        self._adapter_handles: list[RemovableHandle] = []
         self._modules: list[nn.Module] = []
+        self._own_methods: list[str] = []  # of the model alone, in place of its class's
+        self._adapters = adapters or {}
         self._positions = RowPositions()
         self._turns = SlotTurns()
-        self._attach(factors, observers or [None for _ in factors], adapters or {})
+        self._attach(factors, observers or [None for _ in factors])
 
     def detach(self) -> None:
         """Restore the model bit for bit. Doing so twice is harmless."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._adapter_handles):
             handle.remove()
         for module in self._modules:
             delattr(module, STATE_ATTRIBUTE)
-        self._handles, self._modules = [], []
-        self.model.__dict__.pop(EARLY_CACHE_SHAPE, None)
+        for name in self._own_methods:
+            del self.model.__dict__[name]
+        self._handles, self._adapter_handles, self._modules, self._own_methods = [], [], [], []
         attached = self.model.__dict__.pop(ATTACHMENT_ATTRIBUTE, None) is not None
         if attached and self.architecture.family.interface:
             self.model.set_attn_implementation(self._underlying)
@@ -125,9 +131,8 @@ class Attachment:
     def _hook(self, layer_idx: int, factors: LayerFactors, observe: Callable[[Observed], None] | None) -> LayerState:
         base = self.model.base_model
         module = base.get_submodule(self.architecture.attention_module(layer_idx))
-        placed_at = (execution_device(module), next(module.parameters()).dtype)
         state = LayerState(
-            placed_at,
+            placement_of(module),
             self._rotation(layer_idx),
             self.architecture.num_kv_heads,
             self.architecture.head_dim,
@@ -165,25 +170,35 @@ class Attachment:
                 if state is not None:
                     state.use(layer)
 
-    def _attach(
-        self,
-        factors: Sequence[LayerFactors],
-        observers: Sequence[Callable[[Observed], None] | None],
-        adapters: AdapterTensors,
-    ) -> None:
+    def replace_method(self, name: str, method: Callable[..., Any]) -> None:
+        """Give the model a method of its own, in place of its class's, until `detach`."""
+        self.model.__dict__[name] = method
+        self._own_methods.append(name)
+
+    def follow_model(self) -> None:
+        """Bring the factors to where the model's layers are now, in their precision."""
+        states = [state for state in self.layers if state is not None]
+        with tensors_for_training():
+            for state, module in zip(states, self._modules, strict=True):
+                state.move(placement_of(module))
+            for handle in self._adapter_handles:
+                handle.remove()
+            self._adapter_handles = hook_adapters(self.model, self.architecture, self._adapters)
+
+    def _attach(self, factors: Sequence[LayerFactors], observers: Sequence[Callable[[Observed], None] | None]) -> None:
         if ATTACHMENT_ATTRIBUTE in self.model.__dict__:
             raise ConfigError("a variant is attached to this model already; detach it first")
         self.model.__dict__[ATTACHMENT_ATTRIBUTE] = self
         caches_copies = self.architecture.num_cached_heads != self.architecture.num_kv_heads
         with ExitStack() as undo, tensors_for_training():
             undo.callback(self.detach)
-            self.model.__dict__[EARLY_CACHE_SHAPE] = no_early_shape
+            self.replace_method(EARLY_CACHE_SHAPE, no_early_shape)
             if self.architecture.family.interface:
                 use_latent_attention(self.model, self._underlying)
             for layer_idx, (layer, observe) in enumerate(zip(factors, observers, strict=True)):
                 idle = observe is None and not any(layer) and not caches_copies
                 self.layers.append(None if idle else self._hook(layer_idx, layer, observe))
-            self._handles += hook_adapters(self.model, self.architecture, adapters)
+            self._adapter_handles = hook_adapters(self.model, self.architecture, self._adapters)
             undo.pop_all()
 
 
@@ -202,15 +217,6 @@ def no_early_shape() -> None:
     """
 
 
-def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes: its weights' device or, while accelerate keeps those elsewhere, the one they go to."""
-    weight = next(module.parameters())
-    if weight.device.type != "meta":
-        return weight.device
-    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
-    return torch.device(next(hook.execution_device for hook in hooks if hook is not None))
-
-
 def use_latent_attention(model: PreTrainedModel, underlying: str) -> None:
     """Register latent attention over `underlying`, with its mask function, and switch the model to it."""
     name = PREFIX + underlying
@@ -223,15 +229,37 @@ def use_latent_attention(model: PreTrainedModel, underlying: str) -> None:
         )
 
 
+def save_base_alone(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """The model's `save_pretrained`, with a warning: it writes weights, and a variant does not change them."""
+    warnings.warn(
+        "save_pretrained writes the base model alone, without the variant attached to it. Write the variant with "
+        "variant.save(DIR), or both as one checkpoint with lorc_core.export_variant(DIR, NEW_DIR)",
+        stacklevel=2,
+    )
+    type(model).save_pretrained(model, *args, **kwargs)
+
+
+def move_with_factors(attachment: Attachment, *args: Any, **kwargs: Any) -> PreTrainedModel:
+    """The model's `_apply`, by which torch moves and casts modules (`to`, `half`, `cuda`): its factors follow."""
+    model = attachment.model
+    type(model)._apply(model, *args, **kwargs)
+    attachment.follow_model()
+    return model
+
+
 def attach(model: PreTrainedModel, variant: Variant) -> Attachment:
     """Make a loaded model cache latents as `variant` says; nothing of the model is copied or rewritten.
 
     Use it as a context manager, or keep the result and call `detach`. Swapping variants on one loaded model never
-    reloads it.
+    reloads it. The factors follow the model where it is moved, cast or deep-copied; `save_pretrained` warns that it
+    saves the base model alone.
 
     Args:
         model: The base model, loaded by transformers, in any dtype and on any devices.
         variant: Made by `compress` or read by `load_variant`, for this model's architecture.
+
+    Returns:
+        What detaches the variant again.
 
     Raises:
         ConfigError: The model has another architecture, or a variant is attached already.
@@ -240,4 +268,7 @@ def attach(model: PreTrainedModel, variant: Variant) -> Attachment:
     architecture = architecture_of(model.config)
     if architecture != variant.architecture:
         raise ConfigError(f"the variant is for {variant.architecture}, the model is {architecture}")
-    return Attachment(model, architecture, variant.factors, adapters=variant.adapters)
+    attachment = Attachment(model, architecture, variant.factors, adapters=variant.adapters)
+    attachment.replace_method("save_pretrained", partial(save_base_alone, model))
+    attachment.replace_method("_apply", partial(move_with_factors, attachment))
+    return attachment

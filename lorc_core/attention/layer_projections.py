@@ -5,10 +5,10 @@ Shapes: B batch, G kv heads, D head_dim, Q new tokens, S cached and new tokens, 
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lorc_core.attention.placement import Placement
 from lorc_core.attention.scores.absorbed import LatentReader, latent_reader
 from lorc_core.decomposition.factors import Factors, LayerFactors
 from lorc_core.model.kinds import KINDS, KeysValues, Kind
@@ -39,7 +39,7 @@ class LayerProjections:
     def of(
         cls,
         factors: LayerFactors,
-        placed_at: tuple[torch.device, torch.dtype],
+        placed_at: Placement,
         heads: tuple[int, int],
         rotary: LayerRotation | None,
         *,
@@ -49,7 +49,7 @@ class LayerProjections:
 
         Args:
             factors: On any device.
-            placed_at: Device and dtype of the layer.
+            placed_at: Of the layer.
             heads: Number of kv heads, and channels of each.
             rotary: How the layer rotates its keys; None where it does not.
             attends: Whether latents are attended over; else states are rebuilt for a module that attends by itself.
@@ -61,12 +61,25 @@ class LayerProjections:
         if rotary is not None and placed.keys is not None and rotates_rebuilt_keys and attends:
             order = rotary.pair_order(head_dim)
         if order is not None and placed.keys is not None:
-            order = order.to(placed_at[0])
+            order = order.to(placed_at.device)
             placed = KeysValues(placed.keys.reordered(order), placed.values)
-        offsets = placed.map(lambda one: one.offset() if one else None)
-        of_keys, of_values = (latent_reader(placed[kind], offsets[kind], num_kv_heads) for kind in KINDS)
-        readers = KeysValues(None if rotates_rebuilt_keys else of_keys, of_values)
-        return cls(placed, offsets, readers, order, num_kv_heads, num_latent_heads(readers))
+        return cls._of_placed(placed, order, num_kv_heads, rebuilds_keys=rotates_rebuilt_keys)
+
+    @classmethod
+    def _of_placed(
+        cls, factors: LayerFactors, pair_order: Int[Tensor, " d"] | None, num_kv_heads: int, *, rebuilds_keys: bool
+    ) -> "LayerProjections":
+        """Of factors in their place, with channels in their order."""
+        offsets = factors.map(lambda its: its.offset() if its else None)
+        of_keys, of_values = (latent_reader(factors[kind], offsets[kind], num_kv_heads) for kind in KINDS)
+        readers = KeysValues(None if rebuilds_keys else of_keys, of_values)
+        return cls(factors, offsets, readers, pair_order, num_kv_heads, num_latent_heads(readers))
+
+    def to(self, placement: Placement) -> "LayerProjections":
+        """The same elsewhere, or in another precision."""
+        moved = self.factors.map(lambda its: its.to(*placement) if its else None)
+        order = None if self.pair_order is None else self.pair_order.to(placement.device)
+        return self._of_placed(moved, order, self.num_kv_heads, rebuilds_keys=self.readers.keys is None)
 
     @property
     def compress(self) -> bool:

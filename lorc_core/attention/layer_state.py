@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 
-import torch
-
 from lorc_core.attention.call import AttentionCall, Observed
 from lorc_core.attention.layer_projections import LayerProjections, compresses_unrotated_keys
+from lorc_core.attention.placement import Placement
 from lorc_core.attention.positions import RowPositions
 from lorc_core.attention.scores.slot_turns import SlotTurns
 from lorc_core.decomposition.factors import LayerFactors
@@ -20,7 +19,7 @@ class LayerState:
     `attends` says whether the module calls `latent_attention`; else it attends by itself, on whole states.
     """
 
-    placed_at: tuple[torch.device, torch.dtype]
+    placed_at: Placement
     rotary: LayerRotation | None
     num_kv_heads: int
     head_dim: int
@@ -45,6 +44,11 @@ class LayerState:
         """Take other factors, wherever they are."""
         heads = (self.num_kv_heads, self.head_dim)
         self.projections = LayerProjections.of(factors, self.placed_at, heads, self.rotary, attends=self.attends)
+
+    def move(self, placement: Placement) -> None:
+        """Bring the factors to another device, or to another precision."""
+        if placement != self.placed_at:
+            self.placed_at, self.projections = placement, self.projections.to(placement)
 
     def take_call(self) -> AttentionCall:
         """The call in progress, which is then over."""

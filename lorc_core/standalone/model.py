@@ -60,7 +60,7 @@ class StandaloneModel(PreTrainedModel):
                 if stored is not None:
                     self._insert(layer_idx, kind, stored)
         for module in self._owners_of_layers():
-            module.register_forward_pre_hook(lambda *_: self.attach_factors())
+            module.register_forward_pre_hook(self._attach_before)  # no lambda: a copied model must call itself
 
     def _owners_of_layers(self) -> list[nn.Module]:
         """The base model and what it holds down to the list of layers: OPT's head calls the decoder past its owner."""
@@ -90,6 +90,10 @@ class StandaloneModel(PreTrainedModel):
             module = self.base_model.get_submodule(architecture.attention_module(layer_idx))
             found.append(KeysValues(*(getattr(module, factors_name(kind)) if layer[kind] else None for kind in KINDS)))
         return found
+
+    def _attach_before(self, *_: Any) -> None:
+        """Forward pre-hook."""
+        self.attach_factors()
 
     def attach_factors(self) -> None:
         """Attach the factors, again where they were moved, cast, replaced or written to since."""

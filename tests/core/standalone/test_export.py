@@ -3,6 +3,7 @@
 Worst logit difference measured: 4.3e-6 in float32; the bound is 1e-4.
 """
 
+import copy
 import json
 import runpy
 import subprocess
@@ -138,7 +139,10 @@ def test_exported_model_follows_its_weights_and_saves_itself(tmp_path):
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", attn_implementation="eager").eval()
     ids = tokens(model)
     expected = one_pass(alone, ids)
+    other = copy.deepcopy(alone)
     assert one_pass(alone.double(), ids).dtype == torch.float64
+    assert torch.equal(one_pass(other, ids), expected)
+    assert torch.equal(one_pass(other.double(), ids), one_pass(alone, ids))
     assert_close(one_pass(alone.float(), ids), expected)
     alone.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager").eval()
