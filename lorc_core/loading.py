@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorc_core.attention.attach import attach
 from lorc_core.errors import ArtifactError, ConfigError
-from lorc_core.model.checkpoint import Checkpoint, model_directory
+from lorc_core.model.checkpoint import model_directory
+from lorc_core.model.integrity import check_model
 from lorc_core.variant import Variant, load_variant
 
 
@@ -27,7 +28,7 @@ def load(variant_dir: Path | str, *, base: Path | str | None = None, **from_pret
         ConfigError: The variant does not know where its base is, or it is not there, and `base` is absent.
     """
     variant, directory = variant_and_base(variant_dir, base)
-    check_base(directory, variant)
+    check_base(directory, variant, trust_remote_code=from_pretrained_kwargs.get("trust_remote_code", False))
     model = AutoModelForCausalLM.from_pretrained(directory, **from_pretrained_kwargs)
     attach(model, variant)
     return model
@@ -43,9 +44,10 @@ def variant_and_base(variant_dir: Path | str, base: Path | str | None = None) ->
     return variant, model_directory(variant.base.source, variant.base.revision)
 
 
-def check_base(directory: Path, variant: Variant) -> None:
-    """Raise ArtifactError unless the directory holds the model that the variant was made for."""
+def check_base(directory: Path, variant: Variant, *, trust_remote_code: bool = False) -> None:
+    """Raise ArtifactError unless the directory holds the model that the variant was made for, and all of it."""
+    checkpoint = check_model(directory, trust_remote_code=trust_remote_code)
     if variant.base.fingerprint is None:
         return
-    if Checkpoint(directory).fingerprint(variant.architecture.tensor_names()) != variant.base.fingerprint:
+    if checkpoint.fingerprint(variant.architecture.tensor_names()) != variant.base.fingerprint:
         raise ArtifactError(f"{directory}: not the base model this variant was made for ({variant.base.source})")

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from lorc_core.caches.memory import cache_bytes
 from lorc_core.errors import ArtifactError, NumericsError
 from lorc_core.model.checkpoint import read_config
+from lorc_core.model.integrity import check_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,6 +63,7 @@ def loaded_model(model_dir: Path, dtype: str, *, trust_remote_code: bool = False
         ArtifactError: transformers cannot load it, or it does not fit the devices.
     """
     transformers_logging.disable_progress_bar()
+    check_model(model_dir, trust_remote_code=trust_remote_code)
     config = read_config(model_dir, trust_remote_code=trust_remote_code)
     devices, _ = device_plan(config, DTYPES[dtype], get_max_memory())
     try:

@@ -18,6 +18,7 @@ from lorc_core.measurement.probes import probe
 from lorc_core.measurement.training import Trainer, trained_layers
 from lorc_core.methods import Method
 from lorc_core.model.architecture import architecture_of
+from lorc_core.model.integrity import check_model
 from lorc_core.ranks.schedules import Schedule, Sensitivity
 from lorc_core.ranks.spectra import Probes, RankSchedule
 
@@ -39,6 +40,7 @@ class CalibratedModel:
         if isinstance(model_or_dir, PreTrainedModel):
             self.model = model_or_dir
         else:
+            check_model(Path(model_or_dir))
             self.model = AutoModelForCausalLM.from_pretrained(model_or_dir)
         self.architecture = architecture_of(self.model.config)
         self.sequences = calibration_sequences(calibration, self.model.name_or_path, self.architecture)

@@ -5,6 +5,7 @@ files' headers are read, and the model is built without memory, so a checkpoint 
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 from transformers.utils import logging as transformers_logging
 
 from lorc_core.errors import ArtifactError, UnsupportedModelError
-from lorc_core.model.checkpoint import Checkpoint
+from lorc_core.model.checkpoint import Checkpoint, read_config
+from lorc_core.model.sizes import check_sizes
 
 # safetensors' names of the numbers that a weight may be stored in.
 WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -28,6 +30,19 @@ BUILDING_ERRORS = (
     ValueError,
 )
 MAX_NAMED = 3  # tensors that an error names
+
+
+def check_model(directory: Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Refuse a model directory that is not whole, before anything runs; see `check_checkpoint`.
+
+    Args:
+        directory: Holds config and safetensors.
+        trust_remote_code: Whether the model's own code may be run.
+    """
+    checkpoint, config = Checkpoint(directory), read_config(directory, trust_remote_code=trust_remote_code)
+    check_sizes(config)
+    check_checkpoint(checkpoint, config, trust_remote_code=trust_remote_code)
+    return checkpoint
 
 
 def check_checkpoint(checkpoint: Checkpoint, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> None:
