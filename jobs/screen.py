@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from pipeline.results import Result
-from pipeline.steps.step import Milestone, Outcome, Step
+from pipeline.steps.outcome import Milestone, Outcome
+from pipeline.steps.step import Step
 
 GIB = 1024**3
 WIDTH_OF_FILES = 140  # where the output is no terminal

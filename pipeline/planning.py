@@ -121,7 +121,7 @@ def done_steps(zoo: Zoo, entry: ModelEntry, store: Store) -> str:
         if entry.is_directory:
             raise
         return f"not fetched yet ({error})" if entry.config is None else "not fetched yet"
-    planned = model_steps(zoo, model, store, default_tracking_uri(zoo, store.root))
+    planned = model_steps(zoo, model, default_tracking_uri(zoo, store.root))
     steps = distinct(wanted_steps([planned], "register"))
     left = Counter(step.name for step in steps if not store.is_done(step))
     todo = ", ".join(f"{count} {name}" for name, count in left.items())

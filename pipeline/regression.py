@@ -15,8 +15,10 @@ from mlflow.entities.model_registry import ModelVersion
 from lorc_core.errors import LorcError
 from lorc_core.loading import variant_and_base
 from pipeline.registry import champions, connect, fetch_files, read_version
+from pipeline.steps.outcome import Outcome
 from pipeline.steps.runner import run_steps
-from pipeline.steps.step import ModelLoad, Need, Outcome, Step
+from pipeline.steps.scores import RegressStep
+from pipeline.steps.step import ModelLoad, Need, Step
 from pipeline.storage.store import Store
 from pipeline.storage.tables import collect, read_rows
 from pipeline.zoo.schema import Resources
@@ -50,6 +52,7 @@ def regress(
     workdir: Path,
     on_plan: Callable[[Sequence[Step]], None] = lambda steps: None,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+    on_phase: Callable[[str], None] = lambda phase: None,
 ) -> list[Verdict]:
     """Re-evaluate champions on their pinned tokens, tag each with the verdict, keep the table.
 
@@ -58,6 +61,9 @@ def regress(
         names: Registered models; all that have a champion if empty.
         address: Of the Ray cluster.
         workdir: Where the table and the steps go.
+        on_plan: Called once with all steps.
+        on_outcome: Called for every outcome as it comes.
+        on_phase: Called before what takes a while and is no step.
 
     Raises:
         ConfigError: There is no champion to evaluate.
@@ -65,14 +71,14 @@ def regress(
     client = connect(tracking_uri)
     store = Store(workdir.resolve())
     started_at = datetime.now(UTC).isoformat()  # to the microsecond: two within a second are two
-    found = champions(client, names)
+    versions = champions(client, names)
     with fetched_files(store.root) as directory:
-        steps, errors = regress_steps(client, found, started_at, directory)
+        steps, errors = regress_steps(client, versions, started_at, directory)
         on_plan(list(steps.values()))
-        outcomes = run_steps(list(steps.values()), {}, store, address, on_outcome) if steps else []
+        outcomes = run_steps(list(steps.values()), {}, store, address, on_outcome, on_phase=on_phase) if steps else []
     errors |= {outcome.model: outcome.error for outcome in outcomes if outcome.error is not None}
     verdicts = []
-    for version in found:
+    for version in versions:
         reason = errors.get(label(version))
         rows = () if reason else tuple(read_rows(store.path(steps[label(version)]), "regressions"))
         verdicts.append(Verdict(version, rows, reason))
@@ -86,12 +92,12 @@ def regress(
 
 
 def regress_steps(
-    client: MlflowClient, found: Sequence[ModelVersion], started_at: str, directory: Path
-) -> tuple[dict[str, Step], dict[str, str]]:
+    client: MlflowClient, versions: Sequence[ModelVersion], started_at: str, directory: Path
+) -> tuple[dict[str, RegressStep], dict[str, str]]:
     """The steps of the champions by label, and why others have none."""
-    steps: dict[str, Step] = {}
+    steps: dict[str, RegressStep] = {}
     errors: dict[str, str] = {}
-    for version in found:
+    for version in versions:
         try:
             steps[label(version)] = regress_step(client, version, started_at, directory / str(len(steps)))
         except LorcError as error:
@@ -113,7 +119,7 @@ def fetched_files(root: Path) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def regress_step(client: MlflowClient, version: ModelVersion, started_at: str, directory: Path) -> Step:
+def regress_step(client: MlflowClient, version: ModelVersion, started_at: str, directory: Path) -> RegressStep:
     """The step that scores one champion again; its recipe holds the time, so it is never taken from the store.
 
     Raises:
@@ -121,21 +127,21 @@ def regress_step(client: MlflowClient, version: ModelVersion, started_at: str, d
     """
     registered = read_version(client, version)
     variant_dir, evaluation_dir = fetch_files(client, registered, directory)
-    _, model_dir = variant_and_base(variant_dir)
+    variant, model_dir = variant_and_base(variant_dir)
     details = registered.details
     resources = Resources.model_validate(details["resources"])
-    return Step(
-        name="regress",
+    return RegressStep(
         model=label(version),
-        recipe={
-            "name": version.name,
-            "version": str(version.version),
-            "started_at": started_at,
-            "batch_size": details["settings"]["batch_size"],
-            "text_names": details["texts"],
-            "tolerance": details["gates"]["regression_tolerance"],
-        },
-        places={"model_dir": str(model_dir), "variant_dir": str(variant_dir), "evaluation_dir": str(evaluation_dir)},
-        loads=ModelLoad(model_dir, details["settings"]["dtype"], details["trust_remote_code"]),
         need=Need(resources.num_cpus, resources.num_gpus, resources.memory_bytes),
+        loads=ModelLoad(
+            model_dir, details["settings"]["dtype"], details["trust_remote_code"], variant.base.fingerprint
+        ),
+        registered_name=version.name,
+        version=str(version.version),
+        started_at=started_at,
+        batch_size=details["settings"]["batch_size"],
+        text_names=tuple(details["texts"]),
+        tolerance=details["gates"]["regression_tolerance"],
+        variant_dir=variant_dir,
+        evaluation_dir=evaluation_dir,
     )

@@ -16,7 +16,9 @@ from lorc_core.model.kinds import KINDS, Kind, LayerKind
 from lorc_core.ranks.curves import error_at
 from lorc_core.ranks.spectra import Energies
 from pipeline.steps.graph import ModelSteps, calibrated_steps, decompose_steps, probe_step
-from pipeline.steps.step import Milestone, Outcome, Step
+from pipeline.steps.outcome import Milestone, Outcome
+from pipeline.steps.ranks import ProbeStep
+from pipeline.steps.step import Step
 from pipeline.storage.artifacts import load_moments, load_probes, load_ranks, load_spectra
 from pipeline.storage.store import Store
 from pipeline.zoo.schema import Zoo
@@ -69,6 +71,7 @@ def model_spectra(
     on_plan: Callable[[Sequence[Step]], None] = lambda steps: None,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
     on_progress: Callable[[Milestone], None] = lambda reached: None,
+    on_phase: Callable[[str], None] = lambda phase: None,
 ) -> tuple[list[ModelSpectrum], list[Outcome]]:
     """Decompose, schedule and, with calibration, compare all presets layer by layer; nothing is written but steps.
 
@@ -78,6 +81,7 @@ def model_spectra(
         on_plan: Called once with all steps.
         on_outcome: Called for every outcome as it comes.
         on_progress: Called whenever a long step tells how far it has come.
+        on_phase: Called before what takes a while and is no step.
 
     Returns:
         One for each model, of the steps that finished, and the failed outcomes.
@@ -87,18 +91,18 @@ def model_spectra(
     """
     store = Store(workdir.resolve())
     models, failed = plan_steps(zoo, store)
-    compared = [preset_probes(zoo, model, store) for model in models]
-    wanted = [one.schedule for model in models for one in model.variants]
+    compared = [preset_probes(zoo, model) for model in models]
+    wanted: list[Step] = [variant.schedule for model in models for variant in model.variants]
     wanted += [step for probes in compared for step in probes.values()]
-    outcomes = [*failed, *run_wanted(zoo, store, wanted, on_plan, on_outcome, on_progress)]
+    outcomes = [*failed, *run_wanted(zoo, store, wanted, on_plan, on_outcome, on_progress, on_phase)]
     found = [model_spectrum(zoo, model, probes, store) for model, probes in zip(models, compared, strict=True)]
     return found, [outcome for outcome in outcomes if outcome.status == "failed"]
 
 
-def preset_probes(zoo: Zoo, model: ModelSteps, store: Store) -> dict[str, Step]:
+def preset_probes(zoo: Zoo, model: ModelSteps) -> dict[str, ProbeStep]:
     """The step that measures each possible preset's attention errors, by its name; none without calibration."""
-    calibrated = calibrated_steps(zoo, model.model, store)
-    probes: dict[str, Step] = {}
+    calibrated = calibrated_steps(zoo, model.model)
+    probes: dict[str, ProbeStep] = {}
     for name, method in METHODS.items() if calibrated else ():
         try:
             method.check(model.model.architecture)
@@ -106,12 +110,12 @@ def preset_probes(zoo: Zoo, model: ModelSteps, store: Store) -> dict[str, Step]:
             continue
         if method.training is None:
             assert calibrated is not None
-            layers = decompose_steps(model.model, method, calibrated, store)
+            layers = decompose_steps(model.model, method, calibrated)
             probes[name] = probe_step(model.model, "errors", layers, calibrated)
     return probes
 
 
-def model_spectrum(zoo: Zoo, model: ModelSteps, probes: dict[str, Step], store: Store) -> ModelSpectrum:
+def model_spectrum(zoo: Zoo, model: ModelSteps, probes: dict[str, ProbeStep], store: Store) -> ModelSpectrum:
     budgets = [budget for entry in zoo.variants for budget in entry.kept_fraction]
     kept_fraction = budgets[0] if budgets else 0.5
     gaps = layer_gaps(zoo, model, kept_fraction, store)
@@ -158,7 +162,7 @@ def effective_rank(energies: Energies) -> float:
 
 def layer_gaps(zoo: Zoo, model: ModelSteps, kept_fraction: float, store: Store) -> dict[tuple[int, Kind], float]:
     """KQ-SVD's gap as a share of what is read, for joint keys before the rotation and for values."""
-    calibrated = calibrated_steps(zoo, model.model, store)
+    calibrated = calibrated_steps(zoo, model.model)
     if calibrated is None or not all(store.is_done(step) for step in calibrated.shards):
         return {}
     shape, source = model.model.architecture, Checkpoint(model.model.directory)
@@ -174,7 +178,7 @@ def layer_gaps(zoo: Zoo, model: ModelSteps, kept_fraction: float, store: Store) 
 
 
 def layer_choices(
-    model: ModelSteps, probes: dict[str, Step], kept_fraction: float, store: Store
+    model: ModelSteps, probes: dict[str, ProbeStep], kept_fraction: float, store: Store
 ) -> tuple[LayerChoice, ...]:
     """Every preset's attention error in every layer at one share of that layer's floats."""
     levels = {name: load_probes(store.path(step)) for name, step in probes.items() if store.is_done(step)}

@@ -8,7 +8,8 @@ from typing import Literal
 
 from lorc_core.errors import LorcError
 from pipeline.steps.graph import ModelSteps, model_steps
-from pipeline.steps.step import Milestone, Outcome, Step, cached_outcomes, distinct
+from pipeline.steps.outcome import Milestone, Outcome, cached_outcomes
+from pipeline.steps.step import Step, distinct
 from pipeline.storage.store import Store
 from pipeline.storage.tables import collect, replace_table, rows_table
 from pipeline.tracking import default_tracking_uri
@@ -36,29 +37,31 @@ class ZooRun:
 def plan_steps(zoo: Zoo, store: Store) -> tuple[list[ModelSteps], list[Outcome]]:
     """Every model's steps; a model that cannot be read is an outcome with its error."""
     tracking_uri = default_tracking_uri(zoo, store.root)
-    found, failed = [], []
+    planned, failed = [], []
     for entry in zoo.models:
         try:
-            model = model_steps(zoo, resolve(entry), store, tracking_uri)
-            found.append(model)
-            for label, reason in model.refused:
-                failed.append(Outcome(f"variant-{entry.name}-{label}", "variant", entry.name, "failed", reason, 0.0))
+            model = model_steps(zoo, resolve(entry), tracking_uri)
         except LorcError as error:
-            failed.append(Outcome(f"resolve-{entry.name}", "resolve", entry.name, "failed", str(error), 0.0))
-    return found, failed
+            failed.append(Outcome(f"resolve-{entry.name}", "resolve", entry.name, None, "failed", str(error)))
+            continue
+        planned.append(model)
+        for label, reason in model.refused:
+            failed.append(Outcome(f"variant-{entry.name}-{label}", "variant", entry.name, label, "failed", reason))
+    return planned, failed
 
 
 def wanted_steps(models: Sequence[ModelSteps], until: Until) -> list[Step]:
     """The last steps asked for, model after model; what they need follows from their inputs."""
+    variants = [variant for model in models for variant in model.variants]
     if until == "compress":
-        return [step for model in models for variant in model.variants for step in (variant.variant, variant.errors)]
+        return [step for variant in variants for step in (variant.variant, variant.projection_errors)]
     if until == "evaluate":
-        return [
-            step
-            for model in models
-            for step in (model.baseline, *(step for one in model.variants for step in (one.errors, one.evaluate)))
-        ]
-    return [step for model in models for variant in model.variants for step in (variant.errors, variant.register)]
+        steps: list[Step] = []
+        for model in models:
+            steps.append(model.baseline)
+            steps += [step for variant in model.variants for step in (variant.projection_errors, variant.evaluate)]
+        return steps
+    return [step for variant in variants for step in (variant.projection_errors, variant.register)]
 
 
 def run_zoo(
@@ -68,7 +71,8 @@ def run_zoo(
     until: Until = "register",
     on_plan: Callable[[Sequence[Step]], None] = lambda steps: None,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
-    on_progress: Callable[[Milestone], None] = lambda progress: None,
+    on_progress: Callable[[Milestone], None] = lambda milestone: None,
+    on_phase: Callable[[str], None] = lambda phase: None,
 ) -> ZooRun:
     """Do everything a zoo file asks for that is not done yet.
 
@@ -79,6 +83,7 @@ def run_zoo(
         on_plan: Called once with all steps, done or not, before any runs.
         on_outcome: Called for every outcome as it comes.
         on_progress: Called whenever a long step tells how far it has come.
+        on_phase: Called before what takes a while and is no step, with what it is: "starting Ray".
 
     Raises:
         ConfigError: The work directory is not writable.
@@ -87,7 +92,7 @@ def run_zoo(
     models, failed = plan_steps(zoo, store)
     for outcome in failed:
         on_outcome(outcome)
-    outcomes = run_wanted(zoo, store, wanted_steps(models, until), on_plan, on_outcome, on_progress)
+    outcomes = run_wanted(zoo, store, wanted_steps(models, until), on_plan, on_outcome, on_progress, on_phase)
     run = ZooRun(zoo, store, tuple(models), (*failed, *outcomes))
     if until == "register":
         choose_candidates(run)
@@ -102,6 +107,7 @@ def run_wanted(
     on_plan: Callable[[Sequence[Step]], None],
     on_outcome: Callable[[Outcome], None],
     on_progress: Callable[[Milestone], None],
+    on_phase: Callable[[str], None] = lambda phase: None,
 ) -> list[Outcome]:
     """Run steps, and all they need, that are not done yet; returns the outcomes of all."""
     steps = distinct(wanted)
@@ -114,7 +120,7 @@ def run_wanted(
     if left:
         from pipeline.steps.runner import run_steps
 
-        outcomes += run_steps(left, done, store, zoo.cluster.address, on_outcome, on_progress)
+        outcomes += run_steps(left, done, store, zoo.cluster.address, on_outcome, on_progress, on_phase)
     return outcomes
 
 
@@ -126,7 +132,9 @@ def choose_candidates(run: ZooRun) -> None:
     note = run.store.root / "candidates" / f"{run.zoo.name}.json"
     choices = {
         model.model.entry.name: [
-            registration(run.store, one.register) for one in model.variants if run.store.is_done(one.register)
+            registration(run.store, variant.register)
+            for variant in model.variants
+            if run.store.is_done(variant.register)
         ]
         for model in run.models
     }
@@ -137,7 +145,7 @@ def choose_candidates(run: ZooRun) -> None:
     tracking_uri = default_tracking_uri(run.zoo, run.store.root)
     for name, registrations in choices.items():
         if registrations:
-            choose_candidate(tracking_uri, name, [one["version"] for one in registrations])
+            choose_candidate(tracking_uri, name, [registered["version"] for registered in registrations])
     note.parent.mkdir(exist_ok=True)
     note.write_text(json.dumps(choices))
 
@@ -156,6 +164,7 @@ def write_tables(run: ZooRun) -> None:
         rows = [
             {
                 "model": outcome.model,
+                "variant": outcome.variant,
                 "step": outcome.key,
                 "status": outcome.status,
                 "error": outcome.error,
@@ -174,15 +183,22 @@ def table_parts(run: ZooRun) -> dict[str, list[Part]]:
     """By table, the steps that write a part of it, each with its labels."""
     scored: list[Part] = []
     ranks: list[Part] = []
-    errors: list[Part] = []
+    lost: list[Part] = []
     spectra: list[Part] = []
     for model in run.models:
         of_model = {"model": model.model.entry.name}
-        for label, step in (("baseline", model.baseline), *((one.label, one.evaluate) for one in model.variants)):
+        evaluations = {"baseline": model.baseline} | {variant.label: variant.evaluate for variant in model.variants}
+        for label, step in evaluations.items():
             scored.append((of_model | {"variant": label, "fingerprint": step.fingerprint}, step))
-        for one in model.variants:
-            ranks.append((of_model | {"variant": one.label}, one.schedule))
-            errors.append((of_model | {"variant": one.label}, one.errors))
+        for variant in model.variants:
+            ranks.append((of_model | {"variant": variant.label}, variant.schedule))
+            lost.append((of_model | {"variant": variant.label}, variant.projection_errors))
         for method, steps in model.decompose.items():
             spectra += [(of_model | {"method": method}, step) for step in steps]
-    return {"scores": scored, "window_losses": scored, "ranks": ranks, "errors": errors, "spectra": spectra}
+    return {
+        "scores": scored,
+        "window_losses": scored,
+        "ranks": ranks,
+        "projection_errors": lost,
+        "spectra": spectra,
+    }

@@ -1,21 +1,23 @@
 """From a zoo file to its steps: what is decomposed, scheduled, written, evaluated and registered, from what."""
 
-import importlib.metadata
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from lorc_core.errors import ConfigError
 from lorc_core.methods import Method
-from lorc_core.model.kinds import KINDS
-from lorc_core.ranks.schedules import Probe
-from pipeline.steps.step import ModelLoad, Need, Step
-from pipeline.storage.store import Store
-from pipeline.tracking import artifact_root
+from lorc_core.model.kinds import KeysValues
+from lorc_core.ranks.schedules import Probe, Sensitivity
+from pipeline.steps.layers import ChangeBasisStep, DecomposeStep, LayerStep, TrainStep
+from pipeline.steps.ranks import ByteBudget, ProbeStep, RanksStep, ScheduleStep, SearchStep
+from pipeline.steps.registration import RegisterStep
+from pipeline.steps.scores import EvaluateStep
+from pipeline.steps.step import ModelLoad, Need
+from pipeline.steps.texts import CalibrateStep, WindowsStep
+from pipeline.steps.variants import ProjectionErrorsStep, VariantStep
 from pipeline.zoo.limits import check_variant, check_window
 from pipeline.zoo.models import ResolvedModel
 from pipeline.zoo.schema import Budget, Calibration, Evaluation, TextEntry, VariantEntry, Zoo, variant_label
-from pipeline.zoo.texts import text_identity, tokenizer_identity
+from pipeline.zoo.texts import Text, text_identity, tokenizer_identity
 
 # Float64 weight, Gram matrix, eigenvectors and workspace of one layer, over the bytes of its float64 weight and
 # of its square block; generous, since Ray only counts it.
@@ -25,15 +27,15 @@ MOMENT_COPIES = 12  # float64 moments of one layer, their roots, factors and a s
 
 @dataclass(frozen=True)
 class VariantSteps:
-    """The steps of one variant of one model."""
+    """The steps of one variant of one model; `schedule` is the last that gives ranks."""
 
     label: str
     method: str
-    schedule: Step
-    variant: Step
-    errors: Step
-    evaluate: Step
-    register: Step
+    schedule: RanksStep
+    variant: VariantStep
+    projection_errors: ProjectionErrorsStep
+    evaluate: EvaluateStep
+    register: RegisterStep
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,9 @@ class ModelSteps:
     """
 
     model: ResolvedModel
-    decompose: dict[str, tuple[Step, ...]]
-    windows: tuple[Step, ...]
-    baseline: Step
+    decompose: dict[str, tuple[LayerStep, ...]]
+    windows: tuple[WindowsStep, ...]
+    baseline: EvaluateStep
     variants: tuple[VariantSteps, ...]
     refused: tuple[tuple[str, str], ...] = ()
 
@@ -57,11 +59,11 @@ class Calibrated:
     """The pinned calibration texts of one model and the steps that measure its moments on them, one per shard."""
 
     settings: Calibration
-    windows: tuple[Step, ...]
-    shards: tuple[Step, ...]
+    windows: tuple[WindowsStep, ...]
+    shards: tuple[CalibrateStep, ...]
 
 
-def model_steps(zoo: Zoo, model: ResolvedModel, store: Store, tracking_uri: str) -> ModelSteps:
+def model_steps(zoo: Zoo, model: ResolvedModel, tracking_uri: str) -> ModelSteps:
     """All steps for one model of a zoo.
 
     Raises:
@@ -69,10 +71,10 @@ def model_steps(zoo: Zoo, model: ResolvedModel, store: Store, tracking_uri: str)
         ArtifactError: The model has no tokenizer.
     """
     check_window("evaluation", zoo.evaluation.window_tokens, model)
-    windows = windows_steps(model, zoo.evaluation.texts, zoo.evaluation, store)
-    calibrated = calibrated_steps(zoo, model, store)
-    baseline = evaluate_step(zoo, model, windows, None)
-    decompositions: dict[str, tuple[Step, ...]] = {}
+    windows = windows_steps(model, zoo.evaluation.texts, zoo.evaluation)
+    calibrated = calibrated_steps(zoo, model)
+    baseline = evaluate_step(zoo, model, windows, "baseline", None)
+    decompositions: dict[str, tuple[LayerStep, ...]] = {}
     variants, refused = [], []
     for entry in zoo.variants:
         for budget in entry.budgets:
@@ -82,64 +84,50 @@ def model_steps(zoo: Zoo, model: ResolvedModel, store: Store, tracking_uri: str)
             except ConfigError as error:
                 refused.append((label, f"{label}: {error}"))
                 continue
-            layers = decompose_steps(model, entry.method, calibrated, store)
+            layers = decompose_steps(model, entry.method, calibrated)
             decompositions.setdefault(entry.method.name, layers)
-            scheduled = schedule_steps(model, entry, budget, layers, calibrated)
-            written = variant_step(model, entry, scheduled, layers)
-            errors = errors_step(model, written, calibrated)
-            evaluated = evaluate_step(zoo, model, windows, written)
-            registered = register_step(zoo, model, label, (written, baseline, evaluated, windows), tracking_uri, store)
-            variants.append(VariantSteps(label, entry.method.name, scheduled, written, errors, evaluated, registered))
+            ranks = ranks_step(model, entry, budget, layers, calibrated)
+            variant = variant_step(model, entry, label, ranks, layers)
+            lost = projection_errors_step(model, variant, calibrated)
+            evaluation = evaluate_step(zoo, model, windows, label, variant)
+            registration = register_step(zoo, model, variant, baseline, evaluation, tracking_uri)
+            variants.append(VariantSteps(label, entry.method.name, ranks, variant, lost, evaluation, registration))
     return ModelSteps(model, decompositions, windows, baseline, tuple(variants), tuple(refused))
 
 
-def calibrated_steps(zoo: Zoo, model: ResolvedModel, store: Store) -> Calibrated | None:
+def calibrated_steps(zoo: Zoo, model: ResolvedModel) -> Calibrated | None:
     """Calibration is shared by every method and budget of a model."""
     settings = zoo.calibration
     if settings is None or settings.window_tokens > model.architecture.max_tokens:  # `check_variant` refuses those
         return None
-    windows = windows_steps(model, settings.texts, settings, store)
-    recipe = {
-        "batch_size": settings.batch_size,
-        "num_shards": settings.shards,
-        "join_rotated_heads": any(entry.method.joins_rotated_heads for entry in zoo.variants),
-    }
+    windows = windows_steps(model, settings.texts, settings)
     shards = tuple(
-        Step(
-            name="calibrate",
+        CalibrateStep(
             model=model.entry.name,
-            recipe={**recipe, "shard": idx},
-            pins=running(model),
-            loads=loading(model),
-            inputs={"windows": windows},
             need=need_of(model),
+            loads=loading(model),
+            batch_size=settings.batch_size,
+            shard=shard,
+            num_shards=settings.shards,
+            join_rotated_heads=any(entry.method.joins_rotated_heads for entry in zoo.variants),
+            windows=windows,
         )
-        for idx in range(settings.shards)
+        for shard in range(settings.shards)
     )
     return Calibrated(settings, windows, shards)
 
 
-def running(model: ResolvedModel) -> dict[str, Any]:
-    """What decides the result of every step that runs the model."""
-    return {
-        "model_fingerprint": model.base.fingerprint,
-        "dtype": model.entry.dtype,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-    }
-
-
 def loading(model: ResolvedModel) -> ModelLoad:
-    return ModelLoad(model.directory, model.entry.dtype, model.entry.trust_remote_code)
+    return ModelLoad(model.directory, model.entry.dtype, model.entry.trust_remote_code, model.base.fingerprint)
 
 
 def need_of(model: ResolvedModel) -> Need:
+    """Of a step that runs the whole model."""
     resources = model.entry.resources
     return Need(resources.num_cpus, resources.num_gpus, resources.memory_bytes)
 
 
-def decompose_steps(
-    model: ResolvedModel, method: Method, calibrated: Calibrated | None, store: Store
-) -> tuple[Step, ...]:
+def decompose_steps(model: ResolvedModel, method: Method, calibrated: Calibrated | None) -> tuple[LayerStep, ...]:
     """Each layer's last decomposition: the method's own or, with training, that one rotated."""
     starts = tuple(
         decompose_step(model, method.at(layer_idx), layer_idx, calibrated)
@@ -148,210 +136,192 @@ def decompose_steps(
     if method.training is None:
         return starts
     assert calibrated is not None
-    trained = Step(
-        name="train",
+    trained = TrainStep(
         model=model.entry.name,
-        recipe={"training": asdict(method.training)},
-        pins=running(model),
-        loads=loading(model),
-        inputs={"windows": calibrated.windows, "layers": starts},
         need=need_of(model),
+        loads=loading(model),
+        training=method.training,
+        windows=calibrated.windows,
+        layers=starts,
     )
-    trained = replace(trained, places={"checkpoint_dir": str(store.root / "training" / trained.key)})
     return tuple(
-        Step(
-            name="change_basis",
+        ChangeBasisStep(
             model=model.entry.name,
-            recipe={"layer_idx": idx, "readers": {kind: method.axes(idx, kind).reader for kind in KINDS}},
-            inputs={"layer": start, "trained": trained},
+            layer_idx=layer_idx,
+            readers=KeysValues(method.axes(layer_idx, "keys").reader, method.axes(layer_idx, "values").reader),
+            layer=start,
+            trained=trained,
         )
-        for idx, start in enumerate(starts)
+        for layer_idx, start in enumerate(starts)
     )
 
 
-def decompose_step(model: ResolvedModel, method: Method, layer_idx: int, calibrated: Calibrated | None) -> Step:
+def decompose_step(
+    model: ResolvedModel, method: Method, layer_idx: int, calibrated: Calibrated | None
+) -> DecomposeStep:
     architecture = model.architecture
     floats = architecture.kv_width * (architecture.hidden_size + architecture.kv_width)
     measures = any(axes.statistics == "calibration" for axes in (method.keys, method.values))
     floats += MOMENT_COPIES * architecture.kv_width**2 if measures else 0
-    return Step(
-        name="decompose",
+    return DecomposeStep(
         model=model.entry.name,
-        recipe={"axes": {"keys": asdict(method.keys), "values": asdict(method.values)}, "layer_idx": layer_idx},
-        pins={"model_fingerprint": model.base.fingerprint},
-        places={"model_dir": str(model.directory), "architecture": architecture.to_dict()},
-        inputs={"calibrated": calibrated.shards} if calibrated and measures else {},
         need=Need(num_cpus=1, memory_bytes=DECOMPOSE_COPIES * 8 * floats),
+        axes=KeysValues(method.keys, method.values),
+        layer_idx=layer_idx,
+        model_fingerprint=model.base.fingerprint,
+        model_dir=model.directory,
+        architecture=architecture,
+        calibrated=calibrated.shards if calibrated and measures else (),
     )
 
 
-def schedule_steps(
+def ranks_step(
     model: ResolvedModel,
     entry: VariantEntry,
     budget: float | Budget,
-    layers: tuple[Step, ...],
+    layers: tuple[LayerStep, ...],
     calibrated: Calibrated | None,
-) -> Step:
+) -> RanksStep:
     """The last step that gives ranks: the schedule or, for one that measures ranks, the search after it."""
-    inputs: dict[str, Step | tuple[Step, ...]] = {"layers": layers}
-    if entry.schedule.probe is not None:
+    label, schedule, probes = variant_label(entry, budget), entry.schedule, None
+    if schedule.probe is not None:
         assert calibrated is not None
-        inputs["probes"] = probe_step(model, entry.schedule.probe, layers, calibrated)
-    scheduled = Step(
-        name="schedule",
+        probes = probe_step(model, schedule.probe, layers, calibrated)
+    scheduled = ScheduleStep(
         model=model.entry.name,
-        recipe={
-            "schedule": asdict(entry.schedule),
-            "kept_fraction": None if isinstance(budget, Budget) else budget,
-            "budget": byte_budget(model, entry.method, budget) if isinstance(budget, Budget) else None,
-        },
-        places={"architecture": model.architecture.to_dict()},
-        inputs=inputs,
+        label=label,
+        schedule=schedule,
+        kept_fraction=None if isinstance(budget, Budget) else budget,
+        budget=byte_budget(model, entry.method, budget) if isinstance(budget, Budget) else None,
+        architecture=model.architecture,
+        layers=layers,
+        probes=probes,
     )
-    if entry.schedule.probe != "curves" or not calibrated or isinstance(budget, Budget):
+    if not isinstance(schedule, Sensitivity) or calibrated is None or isinstance(budget, Budget):
         return scheduled
-    return Step(
-        name="search",
+    return SearchStep(
         model=model.entry.name,
-        recipe={**probing(calibrated), "schedule": asdict(entry.schedule)},
-        pins=running(model),
-        loads=loading(model),
-        inputs={"windows": calibrated.windows, "layers": layers, "ranks": scheduled},
+        label=label,
         need=need_of(model),
-    )
-
-
-def byte_budget(model: ResolvedModel, method: Method, budget: Budget) -> dict[str, Any]:
-    return {
-        "memory_bytes": budget.memory_bytes,
-        "tokens": budget.batch_size * budget.context_tokens,
-        "element_bytes": model.entry.element_bytes,
-        "method": method.to_dict(),
-    }
-
-
-def probing(calibrated: Calibrated) -> dict[str, Any]:
-    return {"batch_size": calibrated.settings.batch_size, "num_windows": calibrated.settings.probe_windows}
-
-
-def probe_step(model: ResolvedModel, kind: Probe, layers: tuple[Step, ...], calibrated: Calibrated) -> Step:
-    """Fisher information is the model's own; the others belong to a method."""
-    inputs: dict[str, Step | tuple[Step, ...]] = {"windows": calibrated.windows}
-    if kind != "fisher":
-        inputs["layers"] = layers
-    return Step(
-        name="probe",
-        model=model.entry.name,
-        recipe={**probing(calibrated), "kind": kind},
-        pins=running(model),
         loads=loading(model),
-        inputs=inputs,
-        need=need_of(model),
+        batch_size=calibrated.settings.batch_size,
+        num_windows=calibrated.settings.probe_windows,
+        schedule=schedule,
+        windows=calibrated.windows,
+        layers=layers,
+        ranks=scheduled,
     )
 
 
-def variant_step(model: ResolvedModel, entry: VariantEntry, scheduled: Step, layers: tuple[Step, ...]) -> Step:
-    inputs: dict[str, Step | tuple[Step, ...]] = {"ranks": scheduled, "layers": layers}
-    if entry.method.training:
-        inputs["trained"] = layers[0].inputs["trained"]
-    return Step(
-        name="variant",
+def byte_budget(model: ResolvedModel, method: Method, budget: Budget) -> ByteBudget:
+    tokens = budget.batch_size * budget.context_tokens
+    return ByteBudget(budget.memory_bytes, tokens, model.entry.element_bytes, method)
+
+
+def probe_step(model: ResolvedModel, kind: Probe, layers: tuple[LayerStep, ...], calibrated: Calibrated) -> ProbeStep:
+    return ProbeStep(
         model=model.entry.name,
-        recipe={
-            "method": entry.method.to_dict(),
-            "schedule": asdict(entry.schedule),
-            "dtype": model.entry.dtype,
-            "base": asdict(model.base),
-        },
-        places={"architecture": model.architecture.to_dict()},
-        inputs=inputs,
+        need=need_of(model),
+        loads=loading(model),
+        kind=kind,
+        batch_size=calibrated.settings.batch_size,
+        num_windows=calibrated.settings.probe_windows,
+        windows=calibrated.windows,
+        layers=() if kind == "fisher" else layers,  # Fisher information is the model's own, not a method's
     )
 
 
-def errors_step(model: ResolvedModel, variant: Step, calibrated: Calibrated | None) -> Step:
-    """What the projections lose; nothing else reads it, so that scores do not depend on what was calibrated."""
+def variant_step(
+    model: ResolvedModel, entry: VariantEntry, label: str, ranks: RanksStep, layers: tuple[LayerStep, ...]
+) -> VariantStep:
+    first = layers[0]
+    return VariantStep(
+        model=model.entry.name,
+        label=label,
+        method=entry.method,
+        schedule=entry.schedule,
+        dtype=model.entry.dtype,
+        base=model.base,
+        architecture=model.architecture,
+        ranks=ranks,
+        layers=layers,
+        trained=first.trained if isinstance(first, ChangeBasisStep) else None,
+    )
+
+
+def projection_errors_step(
+    model: ResolvedModel, variant: VariantStep, calibrated: Calibrated | None
+) -> ProjectionErrorsStep:
     shape = model.architecture
     floats = shape.kv_width * (shape.hidden_size + MOMENT_COPIES * shape.kv_width)
-    return Step(
-        name="errors",
+    return ProjectionErrorsStep(
         model=model.entry.name,
-        recipe={},
-        places={"model_dir": str(model.directory)},
-        inputs={"variant": variant} | ({"calibrated": calibrated.shards} if calibrated else {}),
+        label=variant.label,
         need=Need(num_cpus=1, memory_bytes=8 * floats),
+        model_dir=model.directory,
+        variant=variant,
+        calibrated=calibrated.shards if calibrated else (),
     )
 
 
 def windows_steps(
-    model: ResolvedModel, texts: Sequence[TextEntry], pinning: Evaluation | Calibration, store: Store
-) -> tuple[Step, ...]:
+    model: ResolvedModel, texts: Sequence[TextEntry], pinning: Evaluation | Calibration
+) -> tuple[WindowsStep, ...]:
+    sources = [Text(**entry.model_dump()) for entry in texts]
     return tuple(
-        Step(
-            name="windows",
+        WindowsStep(
             model=model.entry.name,
-            recipe={
-                "document_marks": model.entry.document_marks,
-                "window_tokens": pinning.window_tokens,
-                "num_windows": pinning.num_windows,
-                "seed": pinning.seed,
-            },
-            pins={
-                "text": text_identity(text),
-                "tokenizer": tokenizer_identity(model.directory, model.architecture.model_type),
-            },
-            places={
-                "entry": text.model_dump(mode="json"),
-                "model_dir": str(model.directory),
-                "trust_remote_code": model.entry.trust_remote_code,
-                "cache_dir": str(store.root / "datasets"),
-            },
+            document_marks=model.entry.document_marks,
+            window_tokens=pinning.window_tokens,
+            num_windows=pinning.num_windows,
+            seed=pinning.seed,
+            text=text_identity(source),
+            tokenizer=tokenizer_identity(model.directory, model.architecture.model_type),
+            source=source,
+            model_dir=model.directory,
+            trust_remote_code=model.entry.trust_remote_code,
         )
-        for text in texts
+        for source in sources
     )
 
 
-def evaluate_step(zoo: Zoo, model: ResolvedModel, windows: tuple[Step, ...], variant: Step | None) -> Step:
-    return Step(
-        name="evaluate",
+def evaluate_step(
+    zoo: Zoo, model: ResolvedModel, windows: tuple[WindowsStep, ...], label: str, variant: VariantStep | None
+) -> EvaluateStep:
+    return EvaluateStep(
         model=model.entry.name,
-        recipe={
-            "batch_size": zoo.evaluation.batch_size,
-            "text_names": [text.name for text in zoo.evaluation.texts],
-        },
-        pins=running(model),
-        loads=loading(model),
-        inputs={"windows": windows} if variant is None else {"windows": windows, "variant": variant},
+        label=label,
         need=need_of(model),
-        group=f"evaluate {model.entry.name}",
+        loads=loading(model),
+        batch_size=zoo.evaluation.batch_size,
+        text_names=tuple(text.name for text in zoo.evaluation.texts),
+        windows=windows,
+        variant=variant,
     )
 
 
 def register_step(
     zoo: Zoo,
     model: ResolvedModel,
-    label: str,
-    inputs: tuple[Step, Step, Step, tuple[Step, ...]],
+    variant: VariantStep,
+    baseline: EvaluateStep,
+    evaluation: EvaluateStep,
     tracking_uri: str,
-    store: Store,
-) -> Step:
-    variant, baseline, evaluated, windows = inputs
-    return Step(
-        name="register",
+) -> RegisterStep:
+    assert evaluation.label is not None
+    return RegisterStep(
         model=model.entry.name,
-        recipe={
-            "tracking_uri": tracking_uri,
-            "experiment": zoo.registry.experiment or zoo.name,
-            "model_name": model.entry.name,
-            "label": label,
-            "gates": zoo.gates.model_dump(mode="json"),
-            "settings": {"dtype": model.entry.dtype, "batch_size": zoo.evaluation.batch_size},
-            "text_names": [text.name for text in zoo.evaluation.texts],
-        },
-        places={
-            "trust_remote_code": model.entry.trust_remote_code,
-            "resources": model.entry.resources.model_dump(mode="json"),
-            "artifact_root": artifact_root(tracking_uri, store),
-        },
-        inputs={"variant": variant, "baseline": baseline, "evaluation": evaluated, "windows": windows},
-        need=None,
+        tracking_uri=tracking_uri,
+        experiment=zoo.registry.experiment or zoo.name,
+        model_name=model.entry.name,
+        label=evaluation.label,
+        gates=zoo.gates.model_dump(mode="json"),
+        settings={"dtype": model.entry.dtype, "batch_size": zoo.evaluation.batch_size},
+        text_names=evaluation.text_names,
+        trust_remote_code=model.entry.trust_remote_code,
+        resources=model.entry.resources.model_dump(mode="json"),
+        variant=variant,
+        baseline=baseline,
+        evaluation=evaluation,
+        windows=evaluation.windows,
     )

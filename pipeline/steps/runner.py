@@ -18,7 +18,8 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from lorc_core.errors import ConfigError
-from pipeline.steps.step import Call, Milestone, Need, Outcome, Step, call_of
+from pipeline.steps.outcome import Milestone, Outcome
+from pipeline.steps.step import Need, Step
 from pipeline.storage.store import Store
 
 LOST_WORKER_RETRIES = 2
@@ -39,7 +40,7 @@ class Batch:
 
 
 @contextmanager
-def cluster(address: str | None) -> Iterator[None]:
+def cluster(address: str | None, on_phase: Callable[[str], None] = lambda phase: None) -> Iterator[None]:
     """Connect to the Ray cluster at `address` or $RAY_ADDRESS, or start one for this process alone.
 
     A process that is connected already, a notebook say, stays so, and its workers keep what they have imported. Ray's
@@ -63,6 +64,7 @@ def cluster(address: str | None) -> Iterator[None]:
         # RAY_AUTH_MODE here is too late: Ray has read it by now.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     check_reachable(address)
+    on_phase("starting Ray" if address == "local" else f"connecting to Ray at {address}")
     ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
@@ -82,13 +84,13 @@ def check_reachable(address: str) -> None:
 
 
 @ray.remote(max_retries=LOST_WORKER_RETRIES, num_returns="streaming")
-def remote_calls(calls: Sequence[Call], store: Store, num_threads: int) -> Iterator[Outcome | Milestone]:
+def remote_group(steps: Sequence[Step], store: Store, num_threads: int) -> Iterator[Outcome | Milestone]:
     import torch
 
-    from pipeline.steps.tasks import run_calls
+    from pipeline.steps.work import run_group
 
     torch.set_num_threads(num_threads)  # a reused worker keeps its first thread count otherwise
-    yield from run_calls(calls, store)
+    yield from run_group(steps, store)
 
 
 def run_steps(
@@ -97,7 +99,8 @@ def run_steps(
     store: Store,
     address: str | None,
     on_outcome: Callable[[Outcome], None],
-    on_progress: Callable[[Milestone], None] = lambda progress: None,
+    on_progress: Callable[[Milestone], None] = lambda milestone: None,
+    on_phase: Callable[[str], None] = lambda phase: None,
 ) -> list[Outcome]:
     """Run steps whose inputs are among them or done.
 
@@ -108,6 +111,7 @@ def run_steps(
         address: Of the Ray cluster; see `cluster`. None is started for steps that run in this process.
         on_outcome: Called in this process for every outcome as it comes.
         on_progress: Likewise, whenever a long step tells how far it has come.
+        on_phase: Likewise, before what takes a while and is no step.
 
     Returns:
         One outcome per step, in their order.
@@ -115,14 +119,14 @@ def run_steps(
     outcomes = dict(done)
     batches = batches_of(steps)
 
-    def record(found: Outcome | Milestone) -> None:
-        if isinstance(found, Milestone):
-            on_progress(found)
+    def record(told: Outcome | Milestone) -> None:
+        if isinstance(told, Milestone):
+            on_progress(told)
             return
-        outcomes[found.key] = found
-        on_outcome(found)
+        outcomes[told.key] = told
+        on_outcome(told)
 
-    with nullcontext() if all(batch.need is None for batch in batches) else cluster(address):
+    with nullcontext() if all(batch.need is None for batch in batches) else cluster(address, on_phase):
         drive(batches, outcomes, record, store)
     return [outcomes[step.key] for step in steps]
 
@@ -131,7 +135,7 @@ def batches_of(steps: Sequence[Step]) -> list[Batch]:
     """Steps of the same group together, every other step alone, in their first steps' order."""
     groups: dict[str, list[Step]] = {}
     for step in steps:
-        groups.setdefault(step.group or step.key, []).append(step)
+        groups.setdefault(step.group, []).append(step)
     return [Batch(tuple(group)) for group in groups.values()]
 
 
@@ -161,10 +165,10 @@ def start(
     if not runnable:
         return
     if batch.need is None:
-        from pipeline.steps.tasks import run_calls
+        from pipeline.steps.work import run_group
 
-        for outcome in run_calls([call_of(step, store) for step in runnable], store):
-            record(outcome)
+        for told in run_group(runnable, store):
+            record(told)
     elif lack := what_lacks(batch.need):
         fail(runnable, lack, record)
     else:
@@ -181,7 +185,7 @@ def skip_broken(batch: Batch, outcomes: dict[str, Outcome], record: Record) -> l
     for step in batch.steps:
         broken = [needed for needed in step.input_steps() if outcomes[needed.key].error is not None]
         if broken:
-            record(Outcome(step.key, step.name, step.model, "skipped", outcomes[broken[0].key].error, 0.0))
+            record(Outcome.of(step, "skipped", outcomes[broken[0].key].error))
         else:
             runnable.append(step)
     return runnable
@@ -189,7 +193,7 @@ def skip_broken(batch: Batch, outcomes: dict[str, Outcome], record: Record) -> l
 
 def fail(steps: Sequence[Step], error: str, record: Record) -> None:
     for step in steps:
-        record(Outcome(step.key, step.name, step.model, "failed", error, 0.0))
+        record(Outcome.of(step, "failed", error))
 
 
 def what_lacks(need: Need) -> str | None:
@@ -206,8 +210,7 @@ def what_lacks(need: Need) -> str | None:
 def submit(steps: Sequence[Step], need: Need, store: Store) -> Any:
     """Start the task; what comes back yields references to outcomes."""
     options = {"num_cpus": need.num_cpus, "num_gpus": need.num_gpus, "memory": need.memory_bytes}
-    calls = [call_of(step, store) for step in steps]
-    return remote_calls.options(**options).remote(calls, store, max(1, math.floor(need.num_cpus)))
+    return remote_group.options(**options).remote(steps, store, max(1, math.floor(need.num_cpus)))
 
 
 def receive(running: dict[Any, list[Step]], outcomes: dict[str, Outcome], record: Record, store: Store) -> None:
@@ -216,15 +219,14 @@ def receive(running: dict[Any, list[Step]], outcomes: dict[str, Outcome], record
     stream: Any
     for stream in ready:
         try:
-            found: Any = ray.get(next(stream))
-            record(found)
+            told: Any = ray.get(next(stream))
+            record(told)
         except StopIteration:
             # A retried task's stream starts where the lost one's was read to, so its outcomes may be past the end.
             for step in running.pop(stream):
                 if step.key not in outcomes:
                     error = None if store.is_done(step) else "its worker was lost and the retry told nothing of it"
-                    status = "ran" if error is None else "failed"
-                    record(Outcome(step.key, step.name, step.model, status, error, 0.0))
+                    record(Outcome.of(step, "ran" if error is None else "failed", error))
         except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
             lost = [step for step in running.pop(stream) if step.key not in outcomes]
             reason = f"its worker was lost {LOST_WORKER_RETRIES + 1} times: {str(error).splitlines()[0]}"

@@ -1,35 +1,33 @@
 """Steps: units of work whose identity is the hash of their recipe and their inputs' identities.
 
-The same recipe always has the same path in the store, so a second run finds what the first one finished, and a
-changed field moves just what depends on it. Where a step runs is the runner's business.
+A kind of step is one class: its fields are what its result depends on, its `run` does the work. The same recipe always
+has the same path in the store, so a second run finds what the first one finished, and a changed field moves just what
+depends on it. Where a step runs is the runner's business.
 """
 
 import hashlib
+import importlib.metadata
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pipeline.storage.store import Store
 
-# Raised by one when a step's function changes what it writes for the same recipe.
-REVISIONS = {
-    "calibrate": 1,
-    "decompose": 4,
-    "train": 1,
-    "change_basis": 1,
-    "probe": 1,
-    "schedule": 3,
-    "search": 1,
-    "variant": 4,
-    "errors": 2,
-    "windows": 2,
-    "evaluate": 1,
-    "register": 1,
-    "regress": 1,
-}
+if TYPE_CHECKING:  # steps are built where few of them run, and what loads models takes seconds to import
+    from transformers import PreTrainedModel
+
+T = TypeVar("T")
+Role = Literal["recipe", "pin", "place", "input"]
+Recipe = Annotated[T, "recipe"]  # decides the result; a part of the identity
+Pin = Annotated[T, "pin"]  # decides it too, as the content of a file does; a part of the identity
+Place = Annotated[T, "place"]  # where to find things; no part of the identity
+Input = Annotated[T, "input"]  # steps whose artifacts are read; a part of the identity unless None or empty
+
+Progress = Iterator[tuple[int, int]]  # parts done, and all parts, each time that a long step tells
 
 
 @dataclass(frozen=True)
@@ -43,121 +41,123 @@ class Need:
 
 @dataclass(frozen=True)
 class ModelLoad:
-    """How to load a model."""
+    """How to load a model, and what decides the results of all that run it."""
 
     model_dir: Path
     dtype: str
     trust_remote_code: bool
+    model_fingerprint: str | None
+    versions: dict[str, str] = field(
+        default_factory=lambda: {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    )
+
+    @property
+    def pins(self) -> dict[str, Any]:
+        return {"model_fingerprint": self.model_fingerprint, "dtype": self.dtype, "versions": self.versions}
 
 
-@dataclass(frozen=True)
-class Step:
-    """One unit of work.
+@dataclass(frozen=True, kw_only=True)
+class Step(ABC):
+    """One unit of work. Every kind is a frozen dataclass that derives from `FileStep` or `ModelStep`.
+
+    A kind has a `name` and a `revision`, which is raised by one when `run` changes what it writes for the same recipe.
+    Its fields are annotated by their roles: `Recipe[int]`, `Pin[str]`, `Place[Path]`, `Input[OtherStep]`.
 
     Attributes:
-        name: Of the function in `pipeline.tasks` that does it.
         model: The zoo's name of the model it belongs to, for progress and outcomes.
-        recipe: Keyword arguments that decide the result, JSON values; a part of the identity.
-        pins: What else decides the result, as the content of the files at `places` does; a part of the identity.
-        places: Keyword arguments that say where to find things; no part of the identity.
-        loads: How to load the model that the function gets as `model`; None where it needs none.
-        inputs: Steps whose artifacts are read, passed as directories under these names; a tuple as a list of them.
+        label: Of the variant it belongs to, likewise; None where variants share it.
         need: Resources of its Ray task; None runs it in the driver.
-        group: Steps of one group run in one task, after all of their inputs; evaluations share a loaded model so.
     """
 
-    name: str
+    name: ClassVar[str]
+    revision: ClassVar[int]
+
     model: str
-    recipe: dict[str, Any]
-    pins: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, Any] = field(default_factory=dict)
-    loads: "ModelLoad | None" = None
-    inputs: dict[str, "Step | tuple[Step, ...]"] = field(default_factory=dict)
+    label: str | None = None
     need: Need | None = Need()
-    group: str | None = None
+
+    def of_role(self, role: Role) -> dict[str, Any]:
+        """The fields annotated with a role."""
+        return {
+            spec.name: getattr(self, spec.name)
+            for spec in fields(self)
+            if role in getattr(spec.type, "__metadata__", ())
+        }
+
+    @property
+    def pins(self) -> dict[str, Any]:
+        return self.of_role("pin")
 
     @cached_property
     def fingerprint(self) -> str:
         inputs = {
-            name: [step.fingerprint for step in found] if isinstance(found, tuple) else found.fingerprint
-            for name, found in self.inputs.items()
+            name: [step.fingerprint for step in read] if isinstance(read, tuple) else read.fingerprint
+            for name, read in self.of_role("input").items()
+            if read
         }
-        identity = [self.name, REVISIONS[self.name], self.recipe, self.pins, inputs]
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+        identity = [self.name, self.revision, self.of_role("recipe"), self.pins, inputs]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=json_value).encode()).hexdigest()[:20]
 
     @property
     def key(self) -> str:
         return f"{self.name}-{self.fingerprint}"
 
+    @property
+    def group(self) -> str:
+        """Steps of one group run in one task, after all of their inputs."""
+        return self.key
+
     def input_steps(self) -> Iterator["Step"]:
-        for found in self.inputs.values():
-            yield from found if isinstance(found, tuple) else (found,)
+        for read in self.of_role("input").values():
+            if read:
+                yield from read if isinstance(read, tuple) else (read,)
+
+    def resume_dir(self, store: Store) -> Path | None:
+        """What an interrupted step goes on from, removed once its artifact is there; None of one that begins again."""
+        return None
 
 
-def kwargs_of(step: Step, store: Store) -> dict[str, Any]:
-    """All keyword arguments of the step's function."""
-    inputs = {
-        name: [store.path(one) for one in found] if isinstance(found, tuple) else store.path(found)
-        for name, found in step.inputs.items()
-    }
-    return {**step.recipe, **step.places, **inputs}
+@dataclass(frozen=True, kw_only=True)
+class FileStep(Step):
+    """A step that reads files and writes files."""
+
+    @abstractmethod
+    def run(self, output: Path, store: Store) -> None:
+        """Write the artifact into the directory `output`, from what the store has of the inputs."""
 
 
-@dataclass(frozen=True)
-class Call:
-    """A step made ready to run anywhere: its function's name, arguments and output path."""
+@dataclass(frozen=True, kw_only=True)
+class ModelStep(Step):
+    """A step that runs a model, which all steps of its group share."""
 
-    key: str
-    name: str
-    model: str
-    output: Path
-    kwargs: dict[str, Any]
-    loads: ModelLoad | None
+    loads: ModelLoad
 
+    @property
+    def pins(self) -> dict[str, Any]:
+        return self.loads.pins | super().pins
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one step. `status` is "ran", "cached", "failed" or "skipped" (an input failed)."""
-
-    key: str
-    name: str
-    model: str
-    status: str
-    error: str | None
-    elapsed_s: float
+    @abstractmethod
+    def run(self, output: Path, store: Store, model: "PreTrainedModel") -> Progress | None:
+        """Write the artifact into the directory `output`; a long step yields how far it has come."""
 
 
-@dataclass(frozen=True)
-class Milestone:
-    """How far a long step has come: `done` of `total` parts."""
-
-    key: str
-    label: str
-    done: int
-    total: int
-
-
-def call_of(step: Step, store: Store) -> Call:
-    return Call(step.key, step.name, step.model, store.path(step), kwargs_of(step, store), step.loads)
+def json_value(value: Any) -> Any:
+    """A dataclass as JSON has it: by its own `to_dict`, else field by field."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return {spec.name: getattr(value, spec.name) for spec in fields(value)}
 
 
 def distinct(steps: Sequence[Step]) -> list[Step]:
     """The steps and everything they need, once each, inputs before what reads them."""
-    found: dict[str, Step] = {}
+    by_key: dict[str, Step] = {}
 
     def visit(step: Step) -> None:
-        if step.key not in found:
+        if step.key not in by_key:
             for needed in step.input_steps():
                 visit(needed)
-            found[step.key] = step
+            by_key[step.key] = step
 
     for step in steps:
         visit(step)
-    return list(found.values())
-
-
-def cached_outcomes(steps: Sequence[Step], store: Store) -> dict[str, Outcome]:
-    """Outcomes by key of the steps whose artifacts are finished."""
-    return {
-        step.key: Outcome(step.key, step.name, step.model, "cached", None, 0.0) for step in steps if store.is_done(step)
-    }
+    return list(by_key.values())

@@ -10,21 +10,23 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 
-from lorc_core.attention.adapters import AdapterTensors
 from lorc_core.decomposition.factors import ENERGIES, Decomposition, LayerDecomposition
 from lorc_core.decomposition.moments import LayerMoments
-from lorc_core.measurement.training import Bases
 from lorc_core.model.blocks import Partition
 from lorc_core.model.kinds import KINDS, KeysValues, Kind
 from lorc_core.ranks.spectra import KindSpectrum, LayerSpectrum, Probes, RankSchedule
 from pipeline.storage.tables import read_rows, write_table
+
+if TYPE_CHECKING:  # these import what loads models, for which a run that finds all done need not wait
+    from lorc_core.attention.adapters import AdapterTensors
+    from lorc_core.measurement.training import Bases
 
 WINDOWS_FILE = "windows.npy"
 LAYER_FILE = "layer.safetensors"
@@ -119,7 +121,7 @@ def partition_of_row(row: dict[str, Any]) -> Partition:
     return Partition(row["block"], row["num_kv_heads"], row["head_dim"])
 
 
-def save_bases(output: Path, bases: Bases) -> None:
+def save_bases(output: Path, bases: "Bases") -> None:
     tensors = {f"{idx}.{kind}": found for idx, layer in enumerate(bases) for kind, found in layer.items()}
     save_file(tensors, output / BASES_FILE)
 
@@ -130,11 +132,11 @@ def load_bases(trained: Path, layer_idx: int) -> KeysValues[torch.Tensor]:
     return KeysValues(*(bases[f"{layer_idx}.{kind}"] for kind in KINDS))
 
 
-def save_adapters(output: Path, adapters: AdapterTensors) -> None:
+def save_adapters(output: Path, adapters: "AdapterTensors") -> None:
     save_file(adapters, output / ADAPTERS_FILE)
 
 
-def load_adapters(trained: Path) -> AdapterTensors:
+def load_adapters(trained: Path) -> "AdapterTensors":
     return load_file(trained / ADAPTERS_FILE)
 
 

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,9 @@ class Store:
 
     def path(self, step: Keyed) -> Path:
         return self.steps / step.key
+
+    def paths(self, steps: Sequence[Keyed]) -> list[Path]:
+        return [self.path(step) for step in steps]
 
     def is_done(self, step: Keyed) -> bool:
         return (self.path(step) / MANIFEST_FILE).is_file()

@@ -33,7 +33,7 @@ SCHEMAS = {
             ("note", pa.string()),
         ]
     ),
-    "errors": pa.schema(
+    "projection_errors": pa.schema(
         [
             ("layer", pa.int32()),
             ("kind", pa.string()),
@@ -74,6 +74,7 @@ SCHEMAS = {
     "outcomes": pa.schema(
         [
             ("model", pa.string()),
+            ("variant", pa.string()),
             ("step", pa.string()),
             ("status", pa.string()),
             ("error", pa.string()),

@@ -1,6 +1,7 @@
 """Texts to evaluate or calibrate on: loaded through `datasets`, tokenized, cut into pinned windows."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,29 @@ from transformers import PreTrainedTokenizerBase
 from lorc_core.errors import ArtifactError, ConfigError
 from lorc_core.manifest import file_sha256
 from lorc_core.model.checkpoint import TOKENIZER_FILES
-from pipeline.zoo.schema import TEXT_FORMATS, DocumentMarks, TextEntry
+from pipeline.zoo.schema import TEXT_FORMATS, DocumentMarks
 
 
-def text_identity(text: TextEntry) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Text:
+    """A `TextEntry` of a checked zoo file, without the means of checking it."""
+
+    name: str
+    source: str
+    config: str | None = None
+    revision: str | None = None
+    split: str = "test"
+    column: str = "text"
+    separator: str | None = None
+    part: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def file(self) -> Path | None:
+        """None of a hub data set."""
+        return Path(self.source) if Path(self.source).suffix in TEXT_FORMATS else None
+
+
+def text_identity(text: Text) -> dict[str, Any]:
     """What pins a text: a file's content, or a hub data set's id and revision."""
     cut = {"column": text.column, "separator": text.separator, "part": list(text.part)}
     if text.file is not None:
@@ -44,7 +64,7 @@ def tokenizer_identity(model_dir: Path, model_type: str) -> str:
 
 
 def text_tokens(
-    text: TextEntry, tokenizer: PreTrainedTokenizerBase, marks: DocumentMarks, cache_dir: Path
+    text: Text, tokenizer: PreTrainedTokenizerBase, marks: DocumentMarks, cache_dir: Path
 ) -> Int[np.ndarray, " tokens"]:
     """All token ids of the part of a text that is asked for.
 
@@ -68,7 +88,7 @@ def part_of(found: Any, part: tuple[float, float]) -> Any:
     return found[start:stop]
 
 
-def load_rows(text: TextEntry, cache_dir: Path) -> list[str]:
+def load_rows(text: Text, cache_dir: Path) -> list[str]:
     """The documents of a text.
 
     Raises:

@@ -262,7 +262,7 @@ def test_plan_says_what_is_done(finished, lorc):
     changed = zoo_file.with_name("more.yaml")
     changed.write_text(zoo_file.read_text().replace("[0.9, 0.1]", "[0.9, 0.8]"))
     assert (
-        "small-llama: 17 of 22 steps done; to do: 1 schedule, 1 variant, 1 errors, 1 evaluate, 1 register"
+        "small-llama: 17 of 22 steps done; to do: 1 schedule, 1 variant, 1 projection_errors, 1 evaluate, 1 register"
         in lorc("plan", changed, "--workdir", workdir)[1]
     )
 

@@ -112,7 +112,7 @@ def test_four_budgets_ask_for_the_same_decompositions_and_calibration(sweep, dir
 
 def test_errors_are_below_their_bounds_and_above_the_least(sweep):
     _, run = sweep
-    errors = ds.dataset(run.store.root / "tables" / "errors").to_table().to_pandas()
+    errors = ds.dataset(run.store.root / "tables" / "projection_errors").to_table().to_pandas()
     assert len(errors) == 2 * 3 * len(BUDGETS) * (10 + 9)
     bounded = errors[errors.bound.notna()]
     assert (bounded.error <= bounded.bound * (1 + 1e-6)).all()
@@ -127,7 +127,7 @@ def test_errors_are_below_their_bounds_and_above_the_least(sweep):
 def test_shards_add_up_to_one(sweep, measured):
     moments = []
     for run, shards in ((sweep[1], 1), (measured[1], 3)):
-        steps = run.models[0].decompose["kq_joint"][0].inputs["calibrated"]
+        steps = run.models[0].decompose["kq_joint"][0].calibrated
         assert len({step.key for step in steps}) == shards
         moments.append(load_moments([run.store.path(step) for step in steps], 1))
     for stage, whole in moments[0].moments.items():
@@ -159,7 +159,7 @@ def test_training_runs_once_for_all_budgets_and_leaves_no_checkpoint(measured, d
 def test_training_whose_worker_is_killed_goes_on_to_the_same_bases(measured, directory, ray_cluster):
     """At the first milestone; the training of one model is taken out of the finished run and done again."""
     zoo_file, run = measured
-    step = run.models[0].variants[-1].variant.inputs["trained"]
+    step = run.models[0].variants[-1].variant.trained
     whole = directory / "whole"
     run.store.path(step).rename(whole)
     killed = []
@@ -187,7 +187,7 @@ def worker_at_work(node):
     found = []
     for process in raylet.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # an idle worker may end meanwhile
-            found += [process] if process.cmdline()[:1] == ["ray::remote_calls"] else []
+            found += [process] if process.cmdline()[:1] == ["ray::remote_group"] else []
     (worker,) = found
     return worker
 

@@ -1,5 +1,7 @@
 """Texts, windows, losses and device plans against straightforward computations of the same."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,7 @@ import lorc_core
 from lorc_core.errors import ArtifactError, ConfigError, NumericsError
 from lorc_core.model.checkpoint import read_config
 from pipeline.evaluation import device_plan, loaded_model, window_losses
-from pipeline.zoo.schema import TextEntry
-from pipeline.zoo.texts import load_rows, pin_windows, text_tokens, token_stream, tokenizer_identity
+from pipeline.zoo.texts import Text, load_rows, pin_windows, text_tokens, token_stream, tokenizer_identity
 from tests.models import tiny_model
 from tests.paths import REPOSITORY
 
@@ -35,10 +36,10 @@ def test_documents_are_joined_between_the_tokenizers_marks(tokenizer):
 
 def test_a_text_is_cut_at_its_separator_and_into_parts(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("one<|end|>\ntwo\n<|end|>three<|end|>four<|end|>\n")
-    entry = TextEntry(name="t", source=str(tmp_path / "a.txt"), separator="<|end|>")
+    entry = Text(name="t", source=str(tmp_path / "a.txt"), separator="<|end|>")
     assert load_rows(entry, tmp_path / "cache") == ["one", "two", "three", "four"]
     halves = [
-        text_tokens(entry.model_copy(update={"part": part}), tokenizer, "begin", tmp_path / "cache").tolist()
+        text_tokens(replace(entry, part=part), tokenizer, "begin", tmp_path / "cache").tolist()
         for part in ((0, 0.5), (0.5, 1))
     ]
     assert halves[0] == token_stream(["one", "two"], tokenizer, "begin").tolist()
@@ -47,7 +48,7 @@ def test_a_text_is_cut_at_its_separator_and_into_parts(tmp_path, tokenizer):
 
 def test_token_ids_are_taken_as_they_are_and_checked(tmp_path, tokenizer):
     np.save(tmp_path / "a.npy", np.arange(40, dtype=np.uint16))
-    entry = TextEntry(name="t", source=str(tmp_path / "a.npy"), part=(0.25, 0.75))
+    entry = Text(name="t", source=str(tmp_path / "a.npy"), part=(0.25, 0.75))
     assert text_tokens(entry, tokenizer, "both", tmp_path).tolist() == list(range(10, 30))
     for wrong in (np.array([2000]), np.array([0.5])):
         np.save(tmp_path / "a.npy", wrong)
@@ -78,7 +79,7 @@ def test_a_short_text_says_how_many_windows_it_gives():
 )
 def test_text_files_are_read_through_datasets(tmp_path, file, content):
     (tmp_path / file).write_text(content)
-    assert load_rows(TextEntry(name="t", source=str(tmp_path / file)), tmp_path / "cache") == ["one\n\ntwo"]
+    assert load_rows(Text(name="t", source=str(tmp_path / file)), tmp_path / "cache") == ["one\n\ntwo"]
 
 
 def test_parquet_is_read_and_a_missing_column_lists_those_there(tmp_path):
@@ -87,9 +88,9 @@ def test_parquet_is_read_and_a_missing_column_lists_those_there(tmp_path):
 
     pq.write_table(pa.table({"body": ["one", "two"]}), tmp_path / "a.parquet")
     source = str(tmp_path / "a.parquet")
-    assert load_rows(TextEntry(name="t", source=source, column="body"), tmp_path / "cache") == ["one", "two"]
+    assert load_rows(Text(name="t", source=source, column="body"), tmp_path / "cache") == ["one", "two"]
     with pytest.raises(ConfigError, match="text t: no column 'text'; it has body"):
-        load_rows(TextEntry(name="t", source=source), tmp_path / "cache")
+        load_rows(Text(name="t", source=source), tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_parquet_is_read_and_a_missing_column_lists_those_there(tmp_path):
 def test_a_text_that_cannot_be_used_is_named(tmp_path, file, content, message):
     (tmp_path / file).write_text(content)
     with pytest.raises(ConfigError, match=f"text t: .*{message}"):
-        load_rows(TextEntry(name="t", source=str(tmp_path / file)), tmp_path / "cache")
+        load_rows(Text(name="t", source=str(tmp_path / file)), tmp_path / "cache")
 
 
 def test_a_model_without_a_tokenizer_is_refused(save_tiny):

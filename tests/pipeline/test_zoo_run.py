@@ -35,7 +35,7 @@ def test_every_step_ran_once(finished):
         ("decompose", "ran"): 8,  # five layers and three, each shared by three variants
         ("schedule", "ran"): 6,
         ("variant", "ran"): 6,
-        ("errors", "ran"): 6,
+        ("projection_errors", "ran"): 6,
         ("windows", "ran"): 2,
         ("evaluate", "ran"): 8,
         ("register", "ran"): 6,
@@ -87,7 +87,7 @@ def test_tables_open_in_one_query(finished):
     assert losses.groupby(["model", "variant"]).size().eq(8).all()
     ranks = ds.dataset(workdir / "tables" / "ranks").to_table().to_pandas()
     assert ranks[ranks.variant == "lorc-uniform-0.1"].floats.isin([13, 6]).all()
-    errors = ds.dataset(workdir / "tables" / "errors").to_table().to_pandas()
+    errors = ds.dataset(workdir / "tables" / "projection_errors").to_table().to_pandas()
     assert (errors[errors.variant == "lorc-uniform-0.1"].bound > 0).all()
     assert errors.error.isna().all()  # nothing was calibrated
     outcomes = ds.dataset(workdir / "tables" / "outcomes").to_table().to_pandas()
@@ -177,8 +177,8 @@ def test_a_changed_budget_decomposes_nothing_again(finished):
         ("schedule", "ran"): 2,
         ("variant", "cached"): 4,
         ("variant", "ran"): 2,
-        ("errors", "cached"): 4,
-        ("errors", "ran"): 2,
+        ("projection_errors", "cached"): 4,
+        ("projection_errors", "ran"): 2,
         ("evaluate", "cached"): 6,
         ("evaluate", "ran"): 2,
     }

@@ -1,0 +1,105 @@
+"""Steps that decompose a model's layers, as a method says, once for all budgets."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorc_core.methods import Axes, Reader, Training
+from lorc_core.model.architecture import Architecture
+from lorc_core.model.checkpoint import Checkpoint
+from lorc_core.model.kinds import KeysValues, LayerKind
+from pipeline.steps.step import FileStep, Input, ModelStep, Pin, Place, Progress, Recipe
+from pipeline.steps.texts import CalibrateStep, WindowsStep
+from pipeline.storage.artifacts import (
+    load_bases,
+    load_layer,
+    load_moments,
+    load_windows,
+    save_adapters,
+    save_bases,
+    save_layer,
+)
+from pipeline.storage.store import Store
+from pipeline.storage.tables import write_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecomposeStep(FileStep):
+    """One layer's full-rank nested factors and spectra, from its weights and what calibration measured of it."""
+
+    name = "decompose"
+    revision = 4
+
+    axes: Recipe[KeysValues[Axes]]
+    layer_idx: Recipe[int]
+    model_fingerprint: Pin[str | None]
+    model_dir: Place[Path]
+    architecture: Place[Architecture]
+    calibrated: Input[tuple[CalibrateStep, ...]] = ()
+
+    def run(self, output: Path, store: Store) -> None:
+        from lorc_core.compression import decompose_kind
+
+        checkpoint, moments = Checkpoint(self.model_dir), load_moments(store.paths(self.calibrated), self.layer_idx)
+        layer = KeysValues.of(
+            lambda kind: decompose_kind(
+                checkpoint, self.architecture, LayerKind(self.layer_idx, kind), self.axes[kind], moments
+            )
+        )
+        save_layer(output, self.layer_idx, layer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStep(ModelStep):
+    """Train bases of a decomposed model's latents; goes on from its checkpoint after an interruption."""
+
+    name = "train"
+    revision = 1
+
+    training: Recipe[Training]
+    windows: Input[tuple[WindowsStep, ...]]
+    layers: Input[tuple[DecomposeStep, ...]]
+
+    def run(self, output: Path, store: Store, model: "PreTrainedModel") -> Progress:
+        from lorc_core.measurement.training import Trainer
+
+        trainer = Trainer(model, [load_layer(path) for path in store.paths(self.layers)], self.training)
+        text = torch.from_numpy(load_windows(store.paths(self.windows)))
+        rows = []
+        for state in trainer.train(text, self.resume_dir(store)):
+            rows.append({"step": state.step, "best": state.best, "last": state.last})
+            yield state.step, state.num_steps
+        save_bases(output, state.bases)
+        save_adapters(output, state.adapters)
+        write_table(output, "training", rows)
+
+    def resume_dir(self, store: Store) -> Path:
+        return store.root / "training" / self.key
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangeBasisStep(FileStep):
+    """One layer's decomposition along its trained directions."""
+
+    name = "change_basis"
+    revision = 1
+
+    layer_idx: Recipe[int]
+    readers: Recipe[KeysValues[Reader]]
+    layer: Input[DecomposeStep]
+    trained: Input[TrainStep]
+
+    def run(self, output: Path, store: Store) -> None:
+        from lorc_core.measurement.training import change_basis
+
+        start, bases = load_layer(store.path(self.layer)), load_bases(store.path(self.trained), self.layer_idx)
+        changed = KeysValues.of(lambda kind: change_basis(start[kind], bases[kind], self.readers[kind]))
+        save_layer(output, self.layer_idx, changed)
+
+
+LayerStep = DecomposeStep | ChangeBasisStep  # leaves one layer's decomposition

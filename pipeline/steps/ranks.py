@@ -1,0 +1,123 @@
+"""Steps that decide ranks: what schedules measure, the schedules, and the search after one that measures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorc_core.caches.memory import planned_factor_floats
+from lorc_core.methods import Method
+from lorc_core.model.architecture import Architecture
+from lorc_core.ranks.budgets import fit_bytes
+from lorc_core.ranks.schedules import Probe, Schedule, Sensitivity
+from lorc_core.ranks.spectra import RankSchedule
+from pipeline.steps.layers import LayerStep
+from pipeline.steps.step import FileStep, Input, ModelStep, Place, Recipe
+from pipeline.steps.texts import WindowsStep
+from pipeline.storage.artifacts import (
+    load_layer,
+    load_probes,
+    load_ranks,
+    load_spectra,
+    load_windows,
+    save_probes,
+    save_ranks,
+)
+from pipeline.storage.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeStep(ModelStep):
+    """What one schedule measures on calibration text beside the spectra."""
+
+    name = "probe"
+    revision = 1
+
+    kind: Recipe[Probe]
+    batch_size: Recipe[int]
+    num_windows: Recipe[int]
+    windows: Input[tuple[WindowsStep, ...]]
+    layers: Input[tuple[LayerStep, ...]] = ()
+
+    def run(self, output: Path, store: Store, model: "PreTrainedModel") -> None:
+        from lorc_core.measurement.probes import probe
+
+        batches = probe_batches(store.paths(self.windows), self.num_windows, self.batch_size)
+        save_probes(output, probe(self.kind, model, [load_layer(path) for path in store.paths(self.layers)], batches))
+
+
+@dataclass(frozen=True)
+class ByteBudget:
+    """Memory for the cache of so many tokens and the factors of a method beside it."""
+
+    memory_bytes: int
+    tokens: int
+    element_bytes: int
+    method: Method
+
+    def needed_bytes(self, ranks: RankSchedule, architecture: Architecture) -> int:
+        floats = ranks.floats_per_token * self.tokens + planned_factor_floats(ranks, self.method, architecture)
+        return floats * self.element_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleStep(FileStep):
+    """The aggregator: ranks for every layer from the spectra of all, at a `kept_fraction` or in a `budget`."""
+
+    name = "schedule"
+    revision = 3
+
+    schedule: Recipe[Schedule]
+    kept_fraction: Recipe[float | None]
+    budget: Recipe[ByteBudget | None]
+    architecture: Place[Architecture]
+    layers: Input[tuple[LayerStep, ...]]
+    probes: Input[ProbeStep | None] = None
+
+    def run(self, output: Path, store: Store) -> None:
+        probes = None if self.probes is None else load_probes(store.path(self.probes))
+        ranks_at = partial(self.schedule.ranks, load_spectra(store.paths(self.layers)), probes=probes)
+        if self.kept_fraction is not None:
+            save_ranks(output, ranks_at(self.kept_fraction))
+            return
+        assert self.budget is not None
+        needed_bytes = partial(self.budget.needed_bytes, architecture=self.architecture)
+        ranks = fit_bytes(ranks_at, needed_bytes, budget_bytes=self.budget.memory_bytes, name=self.schedule.name)
+        save_ranks(output, ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchStep(ModelStep):
+    """Exchange floats between layers and kinds while the loss on calibration text falls."""
+
+    name = "search"
+    revision = 1
+
+    batch_size: Recipe[int]
+    num_windows: Recipe[int]
+    schedule: Recipe[Sensitivity]
+    windows: Input[tuple[WindowsStep, ...]]
+    layers: Input[tuple[LayerStep, ...]]
+    ranks: Input[ScheduleStep]
+
+    def run(self, output: Path, store: Store, model: "PreTrainedModel") -> None:
+        from lorc_core.measurement.exchange import exchanged_ranks
+
+        layers = [load_layer(path) for path in store.paths(self.layers)]
+        batches = probe_batches(store.paths(self.windows), self.num_windows, self.batch_size)
+        start = load_ranks(store.path(self.ranks))
+        save_ranks(output, exchanged_ranks(model, self.schedule, layers, batches, start))
+
+
+RanksStep = ScheduleStep | SearchStep  # leaves a variant's ranks
+
+
+def probe_batches(windows: Sequence[Path], num_windows: int, batch_size: int) -> list[torch.Tensor]:
+    """The first windows of each calibration text."""
+    return list(torch.from_numpy(load_windows(windows, num_windows)).split(batch_size))
