@@ -1,9 +1,12 @@
 """lorc_core: compress the key-value cache of a transformers model by low-rank projection, without retraining.
 
-    variant = lorc_core.compress("path/to/model", method="lorc", kept_fraction=0.5)
-    with lorc_core.attach(model, variant):
-        output = model(**inputs)
-    lorc_core.cache_bytes(output.past_key_values)
+    >>> import lorc_core
+    >>> from transformers import AutoModelForCausalLM
+    >>> variant = lorc_core.compress("path/to/model", method="lorc_q", kept_fraction=0.5)
+    >>> model = AutoModelForCausalLM.from_pretrained("path/to/model")
+    >>> with lorc_core.attach(model, variant):
+    ...     output = model(model.dummy_inputs["input_ids"], use_cache=True)
+    >>> held_bytes = lorc_core.cache_bytes(output.past_key_values)
 
 Names are imported when they are first used: transformers' modelling code takes seconds, and what only reads
 configs and schedules does not need it. `AutoModelForCausalLM` knows exported variants from this import on.

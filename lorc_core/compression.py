@@ -120,6 +120,13 @@ def compress(
         UnsupportedModelError: lorc does not know the architecture.
         NumericsError: A weight or an activation holds NaN or infinity, or a weight is rank-deficient under the
             progressive schedule.
+
+    Example:
+        >>> import lorc_core
+        >>> variant = lorc_core.compress("path/to/model", kept_fraction=0.5)
+        >>> variant.kept_fraction
+        0.5
+        >>> variant.save("variants/model-0.5")
     """
     check_kept_fraction(kept_fraction)
     chosen_method = known_method(method) if isinstance(method, str) else method

@@ -28,7 +28,8 @@ torch.set_num_threads(1)  # two processes run the tests
 def pytest_collection_modifyitems(items):
     """Tests of a file stay in one process, and all that need Ray or MLflow in one: it has one cluster for them."""
     for item in items:
-        name = str(item.path) if item.path.is_relative_to(CORE_TESTS) else "ray"
+        alone = item.path.is_relative_to(CORE_TESTS) or item.path.parent == CORE_TESTS.parent
+        name = str(item.path) if alone else "ray"
         item.add_marker(pytest.mark.xdist_group(name))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.paths import REPOSITORY
 
 PACKAGES = ("jobs", "lorc_core", "pipeline")
 NEEDED_TO_BUILD = ("pyproject.toml", "README.md", "LICENSE")
