@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorc_core.attention.attach import attach
 from lorc_core.errors import ArtifactError, ConfigError
-from lorc_core.model.checkpoint import model_directory
+from lorc_core.model.checkpoint import find_model, model_directory
 from lorc_core.model.integrity import check_model
 from lorc_core.variant import Variant, load_variant
 
@@ -17,7 +17,7 @@ def load(variant_dir: Path | str, *, base: Path | str | None = None, **from_pret
 
     Args:
         variant_dir: A variant's directory.
-        base: Directory of the base model now, if not where it was when the variant was made.
+        base: Directory or hub id of the base model, if it is not where it was when the variant was made.
         from_pretrained_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
 
     Returns:
@@ -25,7 +25,7 @@ def load(variant_dir: Path | str, *, base: Path | str | None = None, **from_pret
 
     Raises:
         ArtifactError: The variant is unfinished, altered or of another schema, or the base is another model.
-        ConfigError: The variant does not know where its base is, or it is not there, and `base` is absent.
+        ConfigError: The base model is not there, or the variant does not know where it is and `base` is absent.
     """
     variant, directory = variant_and_base(variant_dir, base)
     check_base(directory, variant, trust_remote_code=from_pretrained_kwargs.get("trust_remote_code", False))
@@ -38,7 +38,7 @@ def variant_and_base(variant_dir: Path | str, base: Path | str | None = None) ->
     """A variant and the directory of its base model, as `load` finds them; `check_base` says whether it is the one."""
     variant = load_variant(variant_dir)
     if base is not None:
-        return variant, model_directory(str(Path(base).resolve()), None)
+        return variant, find_model(base)
     if not variant.base.source:
         raise ConfigError(f"{variant_dir}: made from a model in memory, so name its base model with base=")
     return variant, model_directory(variant.base.source, variant.base.revision)

@@ -1,6 +1,7 @@
 """Everything that `compress` measures with the whole model on calibration text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -12,13 +13,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lorc_core.attention.adapters import AdapterTensors
 from lorc_core.decomposition.factors import LayerDecomposition
 from lorc_core.decomposition.moments import LayerMoments
-from lorc_core.measurement.calibration import batches, calibrate, calibration_sequences
-from lorc_core.measurement.exchange import exchanged_ranks
-from lorc_core.measurement.probes import probe
+from lorc_core.measurement.calibration import batches, calibrate
+from lorc_core.measurement.calibration_text import Calibration, calibration_text
+from lorc_core.measurement.exchange import exchanged_ranks, max_exchange_passes
+from lorc_core.measurement.probes import max_passes, probe
 from lorc_core.measurement.training import Trainer, trained_layers
 from lorc_core.methods import Method
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.integrity import check_model
+from lorc_core.progress import progress_bar
 from lorc_core.ranks.schedules import Schedule, Sensitivity
 from lorc_core.ranks.spectra import Probes, RankSchedule
 
@@ -28,22 +31,22 @@ class CalibratedModel:
 
     Args:
         model_or_dir: A loaded model, whose modules get their own modes back, or the directory to load one from.
-        calibration: Token ids (sequences, tokens), or a text file's path.
+        calibration: Token ids (sequences, tokens), the path of a text file, or a list of texts.
+        max_tokens: Of a text.
 
     Raises:
-        ConfigError: The text is absent or too short.
+        ConfigError: The text is absent or too short, or its tokens are not the model's.
     """
 
-    def __init__(
-        self, model_or_dir: PreTrainedModel | Path | str, calibration: Int[Tensor, "s t"] | Path | str
-    ) -> None:
+    def __init__(self, model_or_dir: PreTrainedModel | Path, calibration: Calibration, max_tokens: int) -> None:
         if isinstance(model_or_dir, PreTrainedModel):
             self.model = model_or_dir
         else:
-            check_model(Path(model_or_dir))
+            check_model(model_or_dir)
             self.model = AutoModelForCausalLM.from_pretrained(model_or_dir)
         self.architecture = architecture_of(self.model.config)
-        self.sequences = calibration_sequences(calibration, self.model.name_or_path, self.architecture)
+        self.text = calibration_text(calibration, self.model, max_tokens)
+        self.sequences = self.text.sequences
 
     def __enter__(self) -> "CalibratedModel":
         self.modes = {module: module.training for module in self.model.modules()}
@@ -60,10 +63,25 @@ class CalibratedModel:
     def batches(self) -> list[Int[Tensor, "_ _"]]:
         return list(batches(self.sequences))
 
+    @contextmanager
+    def progress(self, doing: str, num_batches: int) -> Iterator[None]:
+        """Show a bar of the batches that went through the model, of `num_batches` at most."""
+        with progress_bar(f"{doing} on {self.text}", num_batches, "batches") as bar:
+
+            def count(*_: object) -> None:
+                bar.update()
+
+            counter = self.model.base_model.register_forward_hook(count)
+            try:
+                yield
+            finally:
+                counter.remove()
+
     def moments(self, method: Method) -> tuple[LayerMoments, ...]:
         """See `calibrate`."""
         method.check_enough_tokens(self.architecture, self.sequences.numel())
-        return calibrate(self.model, self.batches, join_rotated_heads=method.joins_rotated_heads)
+        with self.progress("calibrating", len(self.batches)):
+            return calibrate(self.model, self.batches, join_rotated_heads=method.joins_rotated_heads)
 
     def trained(
         self, method: Method, layers: list[LayerDecomposition]
@@ -71,15 +89,21 @@ class CalibratedModel:
         """The layers after the method's training, if it has any, and its adapters, if it has those."""
         if method.training is None:
             return layers, {}
-        *_, last = Trainer(self.model, layers, method.training).train(self.sequences)
+        trainer = Trainer(self.model, layers, method.training)
+        with self.progress("training", trainer.max_passes(len(self.sequences))):
+            *_, last = trainer.train(self.sequences)
         return trained_layers(layers, last.bases, method), last.adapters
 
     def probes(self, schedule: Schedule, layers: Sequence[LayerDecomposition]) -> Probes | None:
         """What the schedule asks for beside spectra."""
-        return None if schedule.probe is None else probe(schedule.probe, self.model, layers, self.batches)
+        if schedule.probe is None:
+            return None
+        with self.progress("measuring", max_passes(schedule.probe, len(layers)) * len(self.batches)):
+            return probe(schedule.probe, self.model, layers, self.batches)
 
     def refine(self, schedule: Schedule, ranks: RankSchedule, layers: Sequence[LayerDecomposition]) -> RankSchedule:
         """Exchanges of floats, for the schedule that asks for them."""
         if not isinstance(schedule, Sensitivity):
             return ranks
-        return exchanged_ranks(self.model, schedule, layers, self.batches, ranks)
+        with self.progress("exchanging", max_exchange_passes(schedule, len(layers)) * len(self.batches)):
+            return exchanged_ranks(self.model, schedule, layers, self.batches, ranks)

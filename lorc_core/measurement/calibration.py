@@ -1,4 +1,4 @@
-"""Calibration: second moments of what a model caches and reads, streamed over text; and the text itself.
+"""Calibration: second moments of what a model caches and reads, streamed over text.
 
 The hooks are the runtime's, so what is measured is what a variant will project. Sums are float64 and of one layer's
 width squared; nothing is kept of single tokens.
@@ -6,23 +6,21 @@ width squared; nothing is kept of single tokens.
 Shapes: B sequences, T tokens, H query heads, G kv heads, D head_dim.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lorc_core.attention.attach import Attachment
 from lorc_core.attention.call import Observed
 from lorc_core.decomposition.factors import UNTOUCHED
 from lorc_core.decomposition.moments import LayerMoments, SecondMoment, measure
-from lorc_core.errors import ArtifactError, ConfigError, NumericsError
-from lorc_core.model.architecture import Architecture, architecture_of
+from lorc_core.errors import ConfigError, NumericsError
+from lorc_core.model.architecture import architecture_of
 
 BATCH_TOKENS = 4096
-MAX_WINDOW_TOKENS = 2048
 
 
 class LayerObserver:
@@ -92,53 +90,3 @@ def calibrate(
 def batches(sequences: Int[Tensor, "s t"]) -> Iterator[Int[Tensor, "_ t"]]:
     """So many sequences at a time that a batch has about 4,096 tokens."""
     yield from sequences.split(max(1, BATCH_TOKENS // sequences.shape[1]))
-
-
-def calibration_sequences(
-    calibration: Int[Tensor, "s t"] | Sequence[Sequence[int]] | Path | str,
-    model_dir: Path | str | None,
-    architecture: Architecture,
-) -> Int[Tensor, "sequences tokens"]:
-    """Token ids to calibrate on: those given, or a text file's, cut into windows by the model's tokenizer.
-
-    Args:
-        calibration: Token ids (sequences, tokens), or the path of a text file.
-        model_dir: Holds the tokenizer; needed for a text file.
-        architecture: Of the model.
-
-    Raises:
-        ConfigError: The file is absent or shorter than one window, or the ids are not (sequences, tokens).
-        ArtifactError: There is no tokenizer.
-    """
-    if not isinstance(calibration, str | Path):
-        ids = torch.as_tensor(calibration)
-        if ids.ndim != 2 or ids.dtype.is_floating_point:
-            raise ConfigError(f"calibration must be token ids (sequences, tokens), got {tuple(ids.shape)} {ids.dtype}")
-        return ids.long()
-    path = Path(calibration)
-    if not path.is_file():
-        raise ConfigError(f"calibration text {path} does not exist")
-    if not model_dir:
-        raise ConfigError("calibration text needs the model's tokenizer: compress a directory, or give token ids")
-    ids = torch.tensor(text_tokens(path.read_text(), load_tokenizer(model_dir)))
-    window = min(architecture.max_tokens, MAX_WINDOW_TOKENS)
-    if len(ids) < window:
-        raise ConfigError(f"calibration text {path}: {len(ids)} tokens are fewer than one window of {window}")
-    return ids[: len(ids) // window * window].view(-1, window)
-
-
-def text_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
-
-
-def load_tokenizer(model_dir: Path | str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """A model's own tokenizer.
-
-    Raises:
-        ArtifactError: transformers cannot load it.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(f"{model_dir}: the tokenizer cannot be loaded: {reason}") from error

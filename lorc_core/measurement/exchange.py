@@ -41,6 +41,13 @@ def exchanged_ranks(
     return Exchange(stairs, partial(loss_at_ranks, model, layers, batches)).improve(start, schedule.num_rounds)
 
 
+def max_exchange_passes(schedule: Sensitivity, num_layers: int) -> int:
+    """How often `exchanged_ranks` runs the model over all batches, at most."""
+    num_stairs = num_layers * len(KINDS)
+    halvings = num_stairs.bit_length()  # of the pairs that exchange
+    return 1 + schedule.num_rounds * (2 * num_stairs + halvings)
+
+
 def loss_at_ranks(
     model: PreTrainedModel, layers: Sequence[LayerDecomposition], batches: Batches, ranks: RankSchedule
 ) -> float:

@@ -51,6 +51,11 @@ def probe(kind: Probe, model: PreTrainedModel, layers: Sequence[LayerDecompositi
     return Probes(curves=loss_curves(model, layers, batches))
 
 
+def max_passes(kind: Probe, num_layers: int) -> int:
+    """How often `probe` runs the model over all batches, at most."""
+    return 1 + num_layers * len(KINDS) * len(CURVE_FRACTIONS) if kind == "curves" else 1
+
+
 def fisher_information(model: PreTrainedModel, batches: Batches) -> tuple[KeysValues[tuple[float, ...]], ...]:
     """Mean over inputs of sqrt(E[(dL/dW)^2]), for each key and value channel of each layer.
 

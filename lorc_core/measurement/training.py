@@ -128,6 +128,13 @@ class Trainer:
                 yield TrainingState(step, settings.num_steps, best, found, *kept)
             yield TrainingState(step, step, best, best, *kept)
 
+    def max_passes(self, num_sequences: int) -> int:
+        """Batches that `train` runs through the model, at most; each once untouched and once compressed."""
+        settings = self.settings
+        num_heldout = math.ceil(num_sequences / HELDOUT_SHARE)
+        looks = 1 + math.ceil(settings.num_steps / settings.eval_every)
+        return 2 * (settings.num_steps + 3 * looks * math.ceil(num_heldout / settings.batch_size))
+
     def attached(self) -> Attachment:
         """The model with hooks on every layer; each step brings its own factors."""
         full = self.factors(self.drawn_ranks(1.0, jitter=False))

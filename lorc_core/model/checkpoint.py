@@ -7,6 +7,7 @@ another's. Fetching from a hub is left to the pipeline.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -18,6 +19,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     StrictDataclassError,
 )
+from huggingface_hub.utils import validate_repo_id
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -57,8 +59,7 @@ class Checkpoint:
     """
 
     def __init__(self, directory: Path) -> None:
-        if not directory.is_dir():
-            raise ConfigError(f"model directory {directory} does not exist")
+        check_directory(directory)
         if not (directory / "config.json").is_file():
             raise ArtifactError(f"{directory}: no config.json; a model directory holds one beside its safetensors")
         self.directory = directory
@@ -124,6 +125,32 @@ def read_config(source: Path | str, **kwargs: bool | str) -> PreTrainedConfig:
         raise ArtifactError(f"{source}: config cannot be read: {str(error).splitlines()[0]}") from error
 
 
+def is_hub_id(model: Path | str) -> bool:
+    """Whether a model's name means one on the hub: it has the form of an id, and no directory here is called so."""
+    if isinstance(model, Path) or os.path.isdir(model):
+        return False
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return True
+
+
+def find_model(model: Path | str) -> Path:
+    """A model's files, by the name that a person gives it: a directory, `~` and relative ones too, or a hub id.
+
+    Raises:
+        ConfigError: There is no such directory, and no such hub model.
+    """
+    return model_directory(str(model) if is_hub_id(model) else str(Path(model).expanduser().resolve()), None)
+
+
+def check_directory(directory: Path) -> None:
+    """Raise ConfigError unless a model's directory is there."""
+    if not os.path.isdir(directory):  # False too where the name is too long, of which `Path.is_dir` raises OSError
+        raise ConfigError(f"model directory {directory} does not exist")
+
+
 def model_directory(source: str, revision: str | None, *, fetch_missing: bool = True) -> Path:
     """A model's files: the directory itself, or the local snapshot of a hub id, named by its commit.
 
@@ -136,8 +163,7 @@ def model_directory(source: str, revision: str | None, *, fetch_missing: bool = 
         ConfigError: There is no such directory or hub model, or it is not on disk and must not be fetched.
     """
     if source.startswith("/"):
-        if not Path(source).is_dir():
-            raise ConfigError(f"model directory {source} does not exist")
+        check_directory(Path(source))
         return Path(source)
     try:
         snapshot = snapshot_download(

@@ -34,7 +34,7 @@ class WindowsStep(FileStep):
     trust_remote_code: Place[bool]
 
     def run(self, output: Path, store: Store) -> None:
-        from lorc_core.measurement.calibration import load_tokenizer
+        from lorc_core.measurement.calibration_text import load_tokenizer
 
         tokenizer = load_tokenizer(self.model_dir, trust_remote_code=self.trust_remote_code)
         stream = text_tokens(self.source, tokenizer, self.document_marks, store.root / "datasets")

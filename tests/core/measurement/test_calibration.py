@@ -1,7 +1,5 @@
 """Calibration against moments of materialised states, and the text it reads. The reference is `materialised`."""
 
-import inspect
-
 import pytest
 import torch
 
@@ -9,15 +7,13 @@ import lorc_core
 from lorc_core.compression import LoadedWeights, decompose_layer
 from lorc_core.decomposition.moments import moments_of
 from lorc_core.decomposition.projection_errors import projection_errors
-from lorc_core.errors import ArtifactError, ConfigError, NumericsError
-from lorc_core.measurement.calibration import batches, calibrate, calibration_sequences
+from lorc_core.errors import ConfigError, NumericsError
+from lorc_core.measurement.calibration import batches, calibrate
 from lorc_core.methods import METHODS, Axes
 from lorc_core.model.architecture import architecture_of
-from lorc_core.model.checkpoint import read_config
 from lorc_core.model.kinds import LayerKind
 from tests.materialised import dense_projection, materialise
 from tests.models import tiny_model
-from tests.paths import DEMO
 from tests.runs import tokens
 
 NAMES = ["llama", "qwen2", "opt", "mistral-sliding"]
@@ -158,41 +154,6 @@ def test_batches_have_about_4096_tokens_and_lose_none():
     assert [len(batch) for batch in found] == [4, 4, 2]
     assert torch.equal(torch.cat(found), sequences)
     assert [len(batch) for batch in batches(torch.zeros(2, 5000, dtype=torch.long))] == [1, 1]
-
-
-def test_a_text_file_is_cut_into_whole_windows_of_the_models_tokens(tmp_path):
-    directory = DEMO / "stdlib-llama"
-    architecture = architecture_of(read_config(directory))
-    text = "".join(f"def f{i}(x):\\n    return x + {i}\\n" for i in range(400))
-    (tmp_path / "text.py").write_text(text)
-    found = calibration_sequences(tmp_path / "text.py", directory, architecture)
-    from transformers import AutoTokenizer
-
-    expected = AutoTokenizer.from_pretrained(directory)(text)["input_ids"]
-    assert found.shape == (len(expected) // architecture.max_tokens, architecture.max_tokens)
-    assert found.shape[0] >= 2
-    assert found.flatten().tolist() == expected[: found.numel()]
-
-
-def test_texts_that_cannot_be_used_are_refused(tmp_path):
-    (tmp_path / "short.txt").write_text("a few words")
-    with pytest.raises(ConfigError, match=r"short\.txt: \d+ tokens are fewer than one window of 2048"):
-        calibration_sequences(tmp_path / "short.txt", DEMO / "stdlib-llama", LLAMA)
-    with pytest.raises(ConfigError, match=r"calibration text .*nowhere does not exist"):
-        calibration_sequences(tmp_path / "nowhere", DEMO / "stdlib-llama", LLAMA)
-    with pytest.raises(ConfigError, match="needs the model's tokenizer: compress a directory"):
-        calibration_sequences(tmp_path / "short.txt", None, LLAMA)
-    with pytest.raises(ArtifactError, match="the tokenizer cannot be loaded"):
-        calibration_sequences(tmp_path / "short.txt", tmp_path, LLAMA)
-
-
-@pytest.mark.parametrize(
-    "bad", [torch.arange(8), torch.zeros(2, 3, 4, dtype=torch.long), torch.zeros(2, 3), [1, 2, 3], [[1.5, 2.5]]]
-)
-def test_what_is_no_table_of_token_ids_is_refused(bad):
-    plain = inspect.unwrap(calibration_sequences)  # users run without the shape checks of the tests
-    with pytest.raises(ConfigError, match=r"calibration must be token ids \(sequences, tokens\), got"):
-        plain(bad, None, LLAMA)
 
 
 @pytest.mark.parametrize("method", ["kq_svd", "phasor_freq"])
