@@ -140,7 +140,7 @@ def compress(
     kept_fraction: float = 0.5,
     schedule: str | Schedule | None = None,
     *,
-    calibration: Int[Tensor, "sequences tokens"] | Sequence[str] | Path | str | None = None,
+    calibration: Int[Tensor, "sequences tokens"] | Sequence[Sequence[int]] | Sequence[str] | Path | str | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
     dtype: torch.dtype = torch.float32,
 ) -> Variant:
