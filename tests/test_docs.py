@@ -10,6 +10,7 @@ import itertools
 import re
 import shlex
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from lorc_core import compress, export_plain, export_variant
 from lorc_core.methods import METHODS
 from lorc_core.model.families import FAMILIES
 from lorc_core.ranks.schedules import SCHEDULES
+from pipeline.storage.tables import SCHEMAS
 from pipeline.zoo import schema
 from pipeline.zoo.file import load_zoo
 from tests.paths import DEMO, REPOSITORY
@@ -43,6 +45,7 @@ FOLDERS = ("docs", "examples", "jobs", "lorc_core", "pipeline", "tests")
 PROGRAMS = ("lorc", "make", "python")
 
 
+@cache
 def tokens_of(page):
     return MarkdownIt("commonmark").enable("table").parse(page.read_text())
 
@@ -231,7 +234,7 @@ def test_pages_name_all_that_can_be_chosen():
         return sorted(set(names) - set(words(REPOSITORY / "docs" / page)))
 
     models = [value for value in vars(schema).values() if isinstance(value, type) and issubclass(value, schema.Strict)]
-    assert not missing("zoo.md", [field for model in models for field in model.model_fields])
+    assert not missing("zoo.md", [*SCHEMAS, *(field for model in models for field in model.model_fields)])
     assert not missing("methods.md", [*METHODS, *SCHEDULES])
     assert not missing("models.md", FAMILIES)
 
