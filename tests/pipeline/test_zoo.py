@@ -326,6 +326,6 @@ def test_an_absent_file_is_refused(tmp_path):
         load_zoo(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("name", ["demo.yaml", "hub.yaml"])
+@pytest.mark.parametrize("name", ["demo.yaml", "hub.yaml", "methods.yaml"])
 def test_the_examples_load(name):
     assert len(load_zoo(REPOSITORY / "examples" / name).models) >= 2
