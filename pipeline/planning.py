@@ -18,7 +18,9 @@ from pipeline.storage.store import Store
 from pipeline.tracking import default_tracking_uri
 from pipeline.zoo.limits import GIB
 from pipeline.zoo.models import config_for_planning, resolve
-from pipeline.zoo.schema import ModelEntry, VariantEntry, Zoo, variant_label
+from pipeline.zoo.schema import Zoo
+from pipeline.zoo.sections import ModelEntry
+from pipeline.zoo.variants import VariantEntry, variant_label
 from pipeline.zoo_run import wanted_steps
 
 

@@ -21,7 +21,7 @@ from pipeline.steps.scores import RegressStep
 from pipeline.steps.step import ModelLoad, Need, Step
 from pipeline.storage.store import Store
 from pipeline.storage.tables import collect, read_rows
-from pipeline.zoo.schema import Resources
+from pipeline.zoo.sections import Resources
 
 VERDICT_TAG = "lorc.regression"
 
@@ -141,7 +141,7 @@ def regress_step(client: MlflowClient, version: ModelVersion, started_at: str, d
         started_at=started_at,
         batch_size=details["settings"]["batch_size"],
         text_names=tuple(details["texts"]),
-        tolerance=details["gates"]["regression_tolerance"],
+        tolerance=registered.regression_tolerance,
         variant_dir=variant_dir,
         evaluation_dir=evaluation_dir,
     )

@@ -9,7 +9,7 @@ import torch
 from pipeline.steps.step import FileStep, Input, ModelStep, Pin, Place, Recipe
 from pipeline.storage.artifacts import load_windows, save_moments, save_windows
 from pipeline.storage.store import Store
-from pipeline.zoo.schema import DocumentMarks
+from pipeline.zoo.sections import DocumentMarks
 from pipeline.zoo.texts import Text, pin_windows, text_tokens
 
 if TYPE_CHECKING:
