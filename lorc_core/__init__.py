@@ -13,6 +13,7 @@ configs and schedules does not need it. `AutoModelForCausalLM` knows exported va
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from lorc_core.standalone.registration import register_with_transformers
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from lorc_core.standalone.plain_export import export_plain
     from lorc_core.variant import Variant, load_variant
 
+    __version__: str
+
 __all__ = [
     "METHODS",
     "SCHEDULES",
@@ -64,6 +67,7 @@ __all__ = [
     "Uniform",
     "UnsupportedModelError",
     "Variant",
+    "__version__",
     "attach",
     "cache_bytes",
     "compress",
@@ -94,6 +98,8 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("lorc")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

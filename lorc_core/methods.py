@@ -18,6 +18,7 @@ from lorc_core.ranks.schedules import (
     Uniform,
     schedule_from_dict,
 )
+from lorc_core.reprs import configuration_repr
 
 Statistics = Literal["weights", "weights_with_gain", "calibration"]
 Reader = Literal["none", "stacked", "interaction"]
@@ -27,7 +28,7 @@ Mean = Literal["known", "measured"]
 CHOICES = {"statistics": Statistics, "reader": Reader, "space": Space, "gqa": Gqa, "mean": Mean}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Axes:
     """How the projections of keys, or of values, are chosen.
 
@@ -60,6 +61,9 @@ class Axes:
         if self.mean == "measured" and (self.statistics != "calibration" or self.space == "post_rope"):
             raise ConfigError("mean measured needs statistics calibration and space pre_rope")
 
+    def __repr__(self) -> str:
+        return configuration_repr(self)
+
     def rotated(self, architecture: Architecture, layer_idx: int) -> bool:
         """Whether the cached states of a layer are rotated ones."""
         return self.space == "post_rope" and architecture.layer_rotary(layer_idx) is not None
@@ -83,7 +87,7 @@ class Axes:
         return partition_of(self.block, architecture.num_kv_heads, architecture.head_dim, rotary)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Training:
     """How a method's projections are trained on from there: by distillation, with ranks drawn at random.
 
@@ -121,8 +125,11 @@ class Training:
         if not 0 < self.min_kept_fraction <= self.max_kept_fraction <= 1:
             raise ConfigError("min_kept_fraction and max_kept_fraction must be rising shares in (0, 1]")
 
+    def __repr__(self) -> str:
+        return configuration_repr(self)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Method:
     """How one model's keys and values are projected.
 
@@ -140,7 +147,7 @@ class Method:
     keys: Axes
     values: Axes
     schedule: Schedule
-    source: str
+    source: str = field(repr=False)
     layers: Mapping[int, "Method"] = field(default_factory=dict, hash=False)
     training: Training | None = None
 
@@ -151,6 +158,9 @@ class Method:
             raise ConfigError("training is of all layers together, not of single ones")
         if self.values.space != "pre_rope" or self.values.block == "frequency":
             raise ConfigError("values are not rotated: their space is pre_rope, and their block not frequency")
+
+    def __repr__(self) -> str:
+        return configuration_repr(self)
 
     def at(self, layer_idx: int) -> "Method":
         """The method of one layer."""

@@ -62,10 +62,8 @@ class Variant:
         return self.ranks.kept_fraction
 
     def __repr__(self) -> str:
-        return (
-            f"Variant({self.base.source}, {self.method.name}, {self.schedule['name']}, "
-            f"kept_fraction={self.kept_fraction:.4f})"
-        )
+        source = self.base.source or "a model in memory"
+        return f"Variant({source}, {self.method.name}, {self.schedule['name']}, {self.ranks.kept})"
 
     def save(self, directory: Path | str) -> None:
         """Write the variant; the manifest last, so that a broken write is never taken for a variant.
@@ -186,8 +184,7 @@ def model_card(variant: Variant) -> str:
     rows = "\n".join(
         f"| {idx} | {layer.floats('keys')} | {layer.floats('values')} |" for idx, layer in enumerate(ranks.layers)
     )
-    floats = ranks.floats_per_token
-    full = round(floats / variant.kept_fraction)
+    floats, full = ranks.floats_per_token, ranks.full_floats_per_token
     return f"""# {variant.base.source}, KV cache compressed by {variant.method.name}
 
 Keeps {variant.kept_fraction:.4f} of the cached floats: {floats:,} of {full:,} per token

@@ -22,7 +22,7 @@ from lorc_core.ranks.spectra import KindSpectrum, LayerSpectrum, RankSchedule
 ENERGIES = ("weight_energies", "state_energies", "read_energies")  # fields of a `Decomposition`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Factors:
     """An affine projection, block by block: states ~ up @ (down @ states) + offset, offset = mean - up @ down @ mean.
 
@@ -38,6 +38,11 @@ class Factors:
     own_down: Float[Tensor, "k w"] | None
     mean: Float[Tensor, " n"] | None
     rotated: bool = False
+
+    def __repr__(self) -> str:
+        floats = f"{sum(self.ranks)} of {self.partition.kv_width} floats"
+        facts = [name for name, holds in (("mean", self.mean is not None), ("rotated", self.rotated)) if holds]
+        return f"Factors({', '.join([self.partition.block, floats, str(self.up.dtype), *facts])})"
 
     @property
     def down(self) -> Float[Tensor, "k w"]:

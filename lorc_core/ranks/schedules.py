@@ -19,11 +19,12 @@ from lorc_core.ranks.budgets import check_kept_fraction, fit
 from lorc_core.ranks.curves import error_ramp, floats_at, lower_hull
 from lorc_core.ranks.spectra import Energies, KindSpectrum, LayerRanks, LayerSpectrum, Probes, RankSchedule
 from lorc_core.ranks.staircase import Climb, Staircase
+from lorc_core.reprs import configuration_repr
 
 Probe = Literal["fisher", "errors", "curves"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Schedule(ABC):
     """What all schedules share.
 
@@ -39,6 +40,9 @@ class Schedule(ABC):
 
     def __post_init__(self) -> None:
         check_positive(rank_multiple=self.rank_multiple)
+
+    def __repr__(self) -> str:
+        return configuration_repr(self)
 
     def ranks(
         self, spectra: Sequence[LayerSpectrum], kept_fraction: float, probes: Probes | None = None
@@ -98,7 +102,7 @@ class Schedule(ABC):
         return ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Uniform(Schedule):
     """The same share of every layer's keys and values."""
 
@@ -108,7 +112,7 @@ class Uniform(Schedule):
         return lambda share: [stair.nearest(share * stair.totals[-1]) for stair in stairs]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Progressive(Schedule):
     """LoRC's ramp: layers are cut the more, the smaller their cumulative condition number (Eq. 12 and 13).
 
@@ -164,7 +168,7 @@ class Progressive(Schedule):
         return f"d_max lowered to {d_max:.0f}" if round(d_max) < width else ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Energy(Schedule):
     """One water level over all layers and both kinds: the directions with the largest share of their layer's energy.
 
@@ -182,7 +186,7 @@ class Energy(Schedule):
         return best_first(stairs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fisher(Schedule):
     """Ranks proportional to the root Fisher information of each block's channels, up to its width.
 
@@ -207,7 +211,7 @@ class Fisher(Schedule):
         return best_first(stairs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ErrorBudget(Schedule):
     """The least ranks with which no layer's attention output is off by more than epsilon, on calibration text.
 
@@ -236,7 +240,7 @@ class ErrorBudget(Schedule):
         return f"epsilon {self.epsilon(share, probes):.3g}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sensitivity(Schedule):
     """The ranks that measured curves of the loss say are best, then exchanged while the calibration loss falls.
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorc_core.errors import NumericsError
@@ -23,9 +23,9 @@ class KindSpectrum:
 
     partition: Partition
     log10_condition: float
-    weights: Energies = ()
-    states: Energies = ()
-    read: Energies = ()
+    weights: Energies = field(default=(), repr=False)
+    states: Energies = field(default=(), repr=False)
+    read: Energies = field(default=(), repr=False)
 
     @classmethod
     def of_flat(cls, partition: Partition, log10_condition: float, *energies: Sequence[float]) -> "KindSpectrum":
@@ -50,7 +50,7 @@ class LayerRanks(KeysValues[tuple[int, ...]]):
         return sum(self[kind])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RankSchedule:
     """Ranks for every layer. `note` says where the schedule left its source's form, or what it solved for."""
 
@@ -64,13 +64,29 @@ class RankSchedule:
         layers = tuple(LayerRanks(*(tuple(layer[kind]) for kind in KINDS)) for layer in saved["layers"])
         return cls(layers, saved["kv_width"], saved["note"])
 
+    def __repr__(self) -> str:
+        note = f", {self.note}" if self.note else ""
+        return f"RankSchedule({len(self.layers)} layers, {self.kept}{note})"
+
     @property
     def floats_per_token(self) -> int:
+        """Floats that a compressed cache holds of each token."""
         return sum(layer.floats(kind) for layer in self.layers for kind in KINDS)
 
     @property
+    def full_floats_per_token(self) -> int:
+        """Floats that the untouched model's cache holds of each token."""
+        return len(KINDS) * self.kv_width * len(self.layers)
+
+    @property
     def kept_fraction(self) -> float:
-        return self.floats_per_token / (len(KINDS) * self.kv_width * len(self.layers))
+        """Share of the untouched model's cached floats, in (0, 1]."""
+        return self.floats_per_token / self.full_floats_per_token
+
+    @property
+    def kept(self) -> str:
+        """The same in words."""
+        return f"{self.floats_per_token} of {self.full_floats_per_token} floats per token ({self.kept_fraction:.4f})"
 
 
 @dataclass(frozen=True)
@@ -83,9 +99,9 @@ class Probes:
         curves: Per layer and kind, the rise of the loss (nats per token) with that layer and kind alone compressed.
     """
 
-    fisher: tuple[KeysValues[tuple[float, ...]], ...] = ()
-    errors: tuple[tuple["ErrorLevel", ...], ...] = ()
-    curves: tuple[KeysValues[tuple["CurvePoint", ...]], ...] = ()
+    fisher: tuple[KeysValues[tuple[float, ...]], ...] = field(default=(), repr=False)
+    errors: tuple[tuple["ErrorLevel", ...], ...] = field(default=(), repr=False)
+    curves: tuple[KeysValues[tuple["CurvePoint", ...]], ...] = field(default=(), repr=False)
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "Probes":
