@@ -5,6 +5,7 @@ YAML blocks are zoo files, or parts of one.
 """
 
 import ast
+import configparser
 import doctest
 import itertools
 import re
@@ -237,6 +238,19 @@ def test_pages_name_all_that_can_be_chosen():
     assert not missing("zoo.md", [*SCHEMAS, *(field for model in models for field in model.model_fields)])
     assert not missing("methods.md", [*METHODS, *SCHEDULES])
     assert not missing("models.md", FAMILIES)
+
+
+def test_architecture_pictures_the_layers_that_the_linter_holds():
+    (_, picture, _), *_ = blocks(REPOSITORY / "docs" / "architecture.md", "")
+    cells = [re.split(r"  +", row.strip(" │"))[0] for row in picture.splitlines()]
+    row_of = {name.rstrip("/"): row for row, cell in enumerate(cells) for name in cell.split()}
+    linter = configparser.ConfigParser()
+    linter.read(REPOSITORY / ".importlinter")
+    for contract in ("packages", "core", "pipeline"):
+        layers = linter[f"importlinter:contract:{contract}"]["layers"].split("\n")
+        rows = [{row_of[name.strip()] for name in layer.split("|")} for layer in layers if layer]
+        for above, below in itertools.pairwise(rows):
+            assert max(above) < min(below)
 
 
 def test_readme_is_short():
