@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from lorc_core.decomposition.decompose import decompose, decompose_weight
 from lorc_core.decomposition.factors import Decomposition, LayerDecomposition, layer_spectrum, slice_layer
-from lorc_core.decomposition.moments import LayerMoments, moments_of
+from lorc_core.decomposition.moments import moments_of
+from lorc_core.decomposition.second_moments import LayerMoments
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.methods import Axes, Method, known_method
 from lorc_core.model.architecture import Architecture, architecture_of

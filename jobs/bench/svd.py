@@ -17,12 +17,8 @@ from rich.table import Table
 from torch import Tensor
 
 from jobs.screen import console
-from lorc_core.decomposition.decompose import (
-    decompose_weight,
-    left_singular,
-    left_singular_by_gram,
-    left_singular_by_qr,
-)
+from lorc_core.decomposition.decompose import decompose_weight
+from lorc_core.decomposition.left_singular import left_singular, left_singular_by_gram, left_singular_by_qr
 from lorc_core.model.blocks import Partition
 
 SHAPES = {"8B": (1024, 4096), "70B": (1024, 8192), "13B": (5120, 5120)}  # W_k and W_v of LLaMA models

@@ -35,7 +35,9 @@ def projection_bound(weight: Float[Tensor, "n i"], rest: Float[Tensor, "n n"]) -
     return torch.linalg.eigvalsh(lost @ lost.T)[-1].clamp(min=0).sqrt().item()
 
 
-def read_error(states: Float[Tensor, "n n"], readers: Float[Tensor, "n n"], rest: Float[Tensor, "n n"]) -> float:
+def read_error(
+    states: Float[Tensor, "n n"], readers: Float[Tensor, "n n"], rest: Float[Tensor, "n n"]
+) -> Float[Tensor, ""]:
     """Mean squared error of what is read through a projection: tr(M R C R^T).
 
     With C = K^T K and M = Q^T Q it is ||K P^T Q^T - K Q^T||_F^2. Where it should be zero, rounding leaves about 1e-16
@@ -46,13 +48,16 @@ def read_error(states: Float[Tensor, "n n"], readers: Float[Tensor, "n n"], rest
         readers: M, that of what reads them; the identity for the error of the states themselves.
         rest: R = I - P, of a projection of any kind.
 
+    Returns:
+        In the units of C times those of M; its root is a root mean square.
+
     Raises:
         NumericsError: A moment holds NaN or infinity.
 
     Source: KQ-SVD, arXiv 2512.05916, equation 2, from Gram matrices.
     """
     _check_finite(states, readers)
-    return torch.trace(readers @ (rest @ states @ rest.T)).item()
+    return torch.trace(readers @ (rest @ states @ rest.T))
 
 
 def least_read_errors(states: Float[Tensor, "n n"], readers: Float[Tensor, "n n"]) -> Float[Tensor, " n+1"]:

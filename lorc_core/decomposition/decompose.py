@@ -6,26 +6,19 @@ by block. With M = I and C = W W^T that is the weight's truncated SVD. Ranks are
 Shapes: N kv_width, I in_features, B blocks, W channels of a block (complex: V = W / 2), K rank.
 """
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
 from lorc_core.decomposition.factors import Decomposition, log10_condition
+from lorc_core.decomposition.left_singular import left_singular
 from lorc_core.decomposition.moments import Moments
 from lorc_core.errors import NumericsError
 from lorc_core.methods import Reader
 from lorc_core.model.blocks import Partition
 from lorc_core.model.channels import diagonal_blocks, split_blocks
 
-# The Gram route squares the condition number. Worst relative error of a singular value of a 1024 x 8192 matrix:
-# 4.6e-11 at kappa 3e3, 3.8e-6 at 1e6; by QR + SVD 9.5e-15 and 2.0e-12 (`lorc bench svd`).
-MAX_GRAM_CONDITION = 3e3
 MIN_RELATIVE_EIGENVALUE = 1e-12  # below this a direction of a second moment counts as empty
-
-
-Route = Literal["gram", "qr"]
 
 
 def decompose(
@@ -35,7 +28,7 @@ def decompose(
 
     `interaction` minimises tr(M (I - P) C (I - P)^T): with U S V^T = svd(M^{1/2} C^{1/2}), up = M^{-1/2} U S^{1/2},
     down = S^{1/2} V^T C^{-1/2}, and the error at rank K is the sum of S^2 past K. `none` is the same with M = I: the
-    top eigenvectors of C. `stacked` takes those of C + M.
+    top eigenvectors of C. `stacked` takes those of C + M, the SVD of [K; Q].
 
     Args:
         moments: C, M and the mean of the states.
@@ -52,13 +45,13 @@ def decompose(
 
     Source: KQ-SVD, arXiv 2512.05916, theorem 2, from Gram matrices; Eigen Attention, arXiv 2408.05646 (`stacked`).
     """
-    for name, found in (
+    for name, tensor in (
         ("weight", weight),
         ("states' second moment", moments.states),
         ("readers' second moment", moments.readers),
         ("bias", moments.mean),
     ):
-        if found is not None and not torch.isfinite(found).all():
+        if tensor is not None and not torch.isfinite(tensor).all():
             raise NumericsError(f"the {name} holds NaN or infinity")
     states, readers = (diagonal_blocks(moment, partition) for moment in (moments.states, moments.readers))
     state_energies = torch.linalg.eigvalsh(states).flip(-1).clamp(min=0)
@@ -73,13 +66,13 @@ def decompose(
     weight_energies = torch.linalg.eigvalsh(diagonal_blocks(exact @ exact.T, partition)).flip(-1).clamp(min=0)
     return Decomposition(
         partition=partition,
-        up=as_real(up),
-        own_down=None if own_down is None else as_real(own_down.mH).mT,
+        up=_as_real(up),
+        own_down=None if own_down is None else _as_real(own_down.mH).mT,
         mean=moments.mean,
         rotated=rotated,
         singular_values=singular_values,
         log10_condition=log10_condition(singular_values, exact.shape),
-        **{
+        **{  # a complex direction is two floats of a latent, each worth as much
             name: energies.repeat_interleave(partition.rank_step, dim=-1)
             for name, energies in (
                 ("weight_energies", weight_energies),
@@ -93,15 +86,28 @@ def decompose(
 def balanced_factors(
     states: Num[Tensor, "b w w"], readers: Num[Tensor, "b w w"]
 ) -> tuple[Num[Tensor, "b w w"], Num[Tensor, "b w w"], Float[Tensor, "b w"]]:
-    """`up`, `down` and the squared singular values of M^{1/2} C^{1/2} for each block."""
-    found = []
+    """The projections of each block that lose least of what is read: tr(M (I-P) C (I-P)^T) is least at every rank.
+
+    Args:
+        states: C of each block, symmetric (Hermitian) positive semidefinite.
+        readers: M of each block, likewise.
+
+    Returns:
+        `up` and `down` of full rank, whose first K columns and rows are the projection of rank K, and the squared
+        singular values of M^{1/2} C^{1/2}, falling: those past K add up to the error at rank K.
+
+    Source: KQ-SVD, arXiv 2512.05916, theorem 2, from Gram matrices.
+    """
+    blocks = []
     for block_C, block_M in zip(states, readers, strict=True):
-        root_C, inverse_root_C = psd_roots(block_C)
-        root_M, inverse_root_M = psd_roots(block_M)
+        root_C, inverse_root_C = _psd_roots(block_C)
+        root_M, inverse_root_M = _psd_roots(block_M)
+        # The error is ||M^{1/2} C^{1/2} - M^{1/2} P C^{1/2}||^2: cut the SVD of the first, then solve for P.
         U, spectrum, Vh = torch.linalg.svd(root_M @ root_C)
+        # Where S stands is free. Split in two roots, latents and what reads them have the same moment S.
         balance = spectrum.sqrt()
-        found.append((inverse_root_M @ U * balance, balance[:, None] * (Vh @ inverse_root_C), spectrum.square()))
-    up, down, energies = (torch.stack(parts) for parts in zip(*found, strict=True))
+        blocks.append((inverse_root_M @ U * balance, balance[:, None] * (Vh @ inverse_root_C), spectrum.square()))
+    up, down, energies = (torch.stack(parts) for parts in zip(*blocks, strict=True))
     return up, down, energies
 
 
@@ -114,7 +120,10 @@ def decompose_weight(weight: Float[Tensor, "n i"], partition: Partition, mean: T
     Args:
         weight: (kv_width, in_features), as in `nn.Linear.weight`.
         partition: Real blocks.
-        mean: The bias.
+        mean: The bias, which every projection keeps whole; None for zero.
+
+    Returns:
+        All factors in float64; the three energies are the same, squared singular values of each block's rows.
 
     Raises:
         NumericsError: The weight or the bias holds NaN or infinity.
@@ -124,10 +133,10 @@ def decompose_weight(weight: Float[Tensor, "n i"], partition: Partition, mean: T
     if not torch.isfinite(weight).all() or (mean is not None and not torch.isfinite(mean).all()):
         raise NumericsError("the weight or its bias holds NaN or infinity")
     rows = split_blocks(weight.double().T, partition).movedim(0, -1)
-    found = [left_singular(block) for block in rows]
-    energies = torch.stack([padded_energies(values, partition.width) for _, values, _ in found])
-    whole = found[0][1] if len(found) == 1 else left_singular(weight.double())[1]
-    up = torch.stack([basis for basis, _, _ in found])
+    blocks = [left_singular(block)[:2] for block in rows]
+    energies = torch.stack([_padded_energies(singular_values, partition.width) for _, singular_values in blocks])
+    whole = blocks[0][1] if len(blocks) == 1 else left_singular(weight.double())[1]
+    up = torch.stack([basis for basis, _ in blocks])
     return Decomposition(
         partition=partition,
         up=up,
@@ -142,54 +151,29 @@ def decompose_weight(weight: Float[Tensor, "n i"], partition: Partition, mean: T
     )
 
 
-def padded_energies(singular_values: Float[Tensor, " m"], width: int) -> Float[Tensor, " w"]:
+def _padded_energies(singular_values: Float[Tensor, " m"], width: int) -> Float[Tensor, " w"]:
     """Squares, with zeros for the directions that a weight narrower than its output does not have."""
     energies = singular_values.new_zeros(width)
     energies[: len(singular_values)] = singular_values.square()
     return energies
 
 
-def as_real(blocks: Num[Tensor, "b v v"]) -> Float[Tensor, "b w w"]:
+def _as_real(blocks: Num[Tensor, "b v v"]) -> Float[Tensor, "b w w"]:
     """Columns for real latents: real matrices as they are; complex ones on (real parts, imaginary parts).
 
-    A complex latent is two floats in a row. The result commutes with the rotation of (a, b) as a + ib.
+    The result commutes with the rotation of (a, b) as a + ib, and conjugate transposes become transposes.
     """
     if not blocks.is_complex():
         return blocks
+    # A latent l = x + iy adds u l to the states: its x adds (Re u, Im u) to their two parts, its y (-Im u, Re u).
     real, imaginary = blocks.real, blocks.imag
-    of_real, of_imaginary = torch.cat([real, imaginary], dim=-2), torch.cat([-imaginary, real], dim=-2)
-    return torch.stack([of_real, of_imaginary], dim=-1).flatten(-2)
+    of_x, of_y = torch.cat([real, imaginary], dim=-2), torch.cat([-imaginary, real], dim=-2)
+    return torch.stack([of_x, of_y], dim=-1).flatten(-2)  # x and y of a latent stand side by side
 
 
-def psd_roots(moment: Num[Tensor, "n n"]) -> tuple[Num[Tensor, "n n"], Num[Tensor, "n n"]]:
+def _psd_roots(moment: Num[Tensor, "n n"]) -> tuple[Num[Tensor, "n n"], Num[Tensor, "n n"]]:
     """Square root and pseudo-inverse square root of a symmetric (Hermitian) positive semidefinite matrix."""
     eigenvalues, vectors = torch.linalg.eigh(moment)
     kept = eigenvalues > MIN_RELATIVE_EIGENVALUE * eigenvalues[-1]
     values, vectors = eigenvalues[kept].sqrt(), vectors[:, kept]
     return vectors * values @ vectors.mH, vectors / values @ vectors.mH
-
-
-def left_singular(weight: Float[Tensor, "n i"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, " m"], Route]:
-    """Left singular vectors and min(N, I) singular values, falling, of a float64 matrix, by the cheaper safe route.
-
-    The eigenvectors of the Gram matrix cost a tenth of an SVD but lose the small singular values of an
-    ill-conditioned matrix, so past `MAX_GRAM_CONDITION` the matrix is reduced by QR and its factor decomposed.
-    """
-    rows, columns = weight.shape
-    if rows <= columns:
-        basis, singular_values = left_singular_by_gram(weight)
-        if singular_values[0] <= MAX_GRAM_CONDITION * singular_values[-1]:
-            return basis, singular_values, "gram"
-    return *left_singular_by_qr(weight), "qr"
-
-
-def left_singular_by_gram(weight: Float[Tensor, "n i"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
-    eigenvalues, eigenvectors = torch.linalg.eigh(weight @ weight.T)
-    return eigenvectors.flip(1), eigenvalues.flip(0).clamp(min=0).sqrt()
-
-
-def left_singular_by_qr(weight: Float[Tensor, "n i"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, " m"]]:
-    """W^T = QR, so W = R^T Q^T has the left singular vectors and the singular values of R^T."""
-    triangle = torch.linalg.qr(weight.T, mode="r")[1]
-    basis, singular_values, _ = torch.linalg.svd(triangle.T, full_matrices=True)
-    return basis, singular_values

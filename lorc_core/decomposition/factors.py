@@ -26,10 +26,14 @@ ENERGIES = ("weight_energies", "state_energies", "read_energies")  # fields of a
 class Factors:
     """An affine projection, block by block: states ~ up @ (down @ states) + offset, offset = mean - up @ down @ mean.
 
-    The columns of `up` stand block after block, `ranks` of them for each, with rows for the channels of one block. The
-    mean is kept, not the offset, so that the offset fits the factors in whatever precision they are used. `own_down`
-    is None where `down` is the transpose of an orthonormal `up` and takes no memory. `rotated` says whether keys are
-    projected after the rotation.
+    Attributes:
+        partition: The blocks.
+        ranks: Of each block.
+        up: Rows for the W channels of one block; the columns stand block after block, as many as its rank for each.
+        own_down: `down`, where it is not the transpose of an orthonormal `up`; None takes no memory.
+        mean: The constant that is kept whole; None for zero. It is stored instead of the offset, so that the offset
+            fits the factors in whatever precision they are used.
+        rotated: Whether keys are projected after the rotation.
     """
 
     partition: Partition
@@ -50,12 +54,11 @@ class Factors:
 
     def tensors(self) -> dict[str, Tensor]:
         """What must be stored, by field name."""
-        found = {"up": self.up, "own_down": self.own_down, "mean": self.mean}
-        return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
+        tensors = {"up": self.up, "own_down": self.own_down, "mean": self.mean}
+        return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Factors":
         """The same factors elsewhere, or in another precision."""
-
         own_down = None if self.own_down is None else self.own_down.to(device, dtype)
         mean = None if self.mean is None else self.mean.to(device, dtype)
         return replace(self, up=self.up.to(device, dtype), own_down=own_down, mean=mean)
@@ -131,7 +134,7 @@ class Decomposition:
         partition: The blocks.
         up: By falling energy; orthonormal where `own_down` is None.
         own_down: `down` where it is not the transpose of `up`.
-        mean: The constant known for the states (a bias).
+        mean: The constant known for the states (a bias); None for zero.
         rotated: Whether these are keys after the rotation.
         singular_values: Of the whole weight.
         log10_condition: Of the whole weight; see `log10_condition`.
@@ -153,6 +156,9 @@ class Decomposition:
 
     def factors(self, ranks: Sequence[int]) -> Factors:
         """The projection with the given rank of each block.
+
+        Args:
+            ranks: Columns of `up` kept of each block, 0 to W; some block keeps one at least.
 
         Raises:
             ConfigError: A rank is out of range, or there are not as many as blocks.
@@ -178,7 +184,20 @@ UNTOUCHED: LayerFactors = KeysValues(None, None)
 
 
 def slice_layer(layer: LayerDecomposition, layer_idx: int, ranks: RankSchedule, dtype: torch.dtype) -> LayerFactors:
-    """The factors of one layer at its scheduled ranks; None where the full width is kept."""
+    """The factors of one layer at its scheduled ranks.
+
+    Args:
+        layer: Of every rank.
+        layer_idx: Whose ranks of the schedule are taken.
+        ranks: Of all layers.
+        dtype: In which the factors are stored.
+
+    Returns:
+        On the CPU; None where the full width is kept.
+
+    Raises:
+        ConfigError: The ranks do not fit the layer's blocks.
+    """
     chosen = ranks.layers[layer_idx]
 
     def cut(kind: Kind) -> Factors | None:
@@ -195,6 +214,7 @@ def layer_spectrum(layer: LayerDecomposition) -> LayerSpectrum:
 
 
 def kind_spectrum(decomposition: Decomposition) -> KindSpectrum:
+    """What the schedules need of one layer's keys or values."""
     energies = (getattr(decomposition, name).flatten().tolist() for name in ENERGIES)
     return KindSpectrum.of_flat(decomposition.partition, decomposition.log10_condition, *energies)
 

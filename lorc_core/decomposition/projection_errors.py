@@ -3,7 +3,6 @@
 Shapes: N kv_width. Everything is float64.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from lorc_core.decomposition.bounds import least_read_errors, projection_bound, read_error
 from lorc_core.decomposition.factors import Factors
-from lorc_core.decomposition.moments import LayerMoments, output_moment, over_all_heads
+from lorc_core.decomposition.second_moments import LayerMoments, over_all_heads
+from lorc_core.decomposition.weight_moments import output_moment
 from lorc_core.model.architecture import Architecture
 from lorc_core.model.channels import diagonal_blocks
 from lorc_core.model.checkpoint import WeightSource
@@ -87,8 +87,8 @@ def projection_errors(
         readers = torch.block_diag(*queries)
     return ProjectionErrors(
         bound=bound,
-        error=math.sqrt(max(read_error(states, identity, rest), 0.0)),
-        read_error=math.sqrt(max(read_error(states, readers, rest), 0.0)),
+        error=read_error(states, identity, rest).clamp(min=0).sqrt().item(),
+        read_error=read_error(states, readers, rest).clamp(min=0).sqrt().item(),
         least_read_error=_least_read_error(factors, states, readers),
     )
 

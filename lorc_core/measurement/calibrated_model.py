@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorc_core.attention.adapters import AdapterTensors
 from lorc_core.decomposition.factors import LayerDecomposition
-from lorc_core.decomposition.moments import LayerMoments
+from lorc_core.decomposition.second_moments import LayerMoments
 from lorc_core.measurement.calibration import batches, calibrate
 from lorc_core.measurement.calibration_text import Calibration, calibration_text
 from lorc_core.measurement.exchange import exchanged_ranks, max_exchange_passes

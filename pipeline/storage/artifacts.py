@@ -18,7 +18,7 @@ from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 
 from lorc_core.decomposition.factors import ENERGIES, Decomposition, LayerDecomposition
-from lorc_core.decomposition.moments import LayerMoments
+from lorc_core.decomposition.second_moments import LayerMoments
 from lorc_core.manifest import checked_file
 from lorc_core.model.blocks import Partition
 from lorc_core.model.kinds import KINDS, KeysValues, Kind

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorc_core.decomposition.decompose import decompose, decompose_weight, left_singular, left_singular_by_gram
+from lorc_core.decomposition.decompose import decompose, decompose_weight
 from lorc_core.decomposition.factors import kind_spectrum, log10_condition
+from lorc_core.decomposition.left_singular import left_singular, left_singular_by_gram
 from lorc_core.decomposition.moments import Moments
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.model.blocks import Partition

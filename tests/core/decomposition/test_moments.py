@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from lorc_core.compression import LoadedWeights
 from lorc_core.decomposition.decompose import decompose
-from lorc_core.decomposition.moments import Moments, SecondMoment, moments_of, position_average
+from lorc_core.decomposition.moments import Moments, moments_of
+from lorc_core.decomposition.position_average import position_average
+from lorc_core.decomposition.second_moments import SecondMoment
 from lorc_core.errors import ConfigError
 from lorc_core.methods import METHODS, Axes
 from lorc_core.model.architecture import architecture_of

@@ -24,7 +24,9 @@ from lorc_core.attention.latent_attention import turns_of
 from lorc_core.attention.positions import key_rotation
 from lorc_core.compression import LoadedWeights, decompose_layer
 from lorc_core.decomposition.factors import UNTOUCHED
-from lorc_core.decomposition.moments import moments_of, position_average, projected_input
+from lorc_core.decomposition.moments import moments_of
+from lorc_core.decomposition.position_average import position_average
+from lorc_core.decomposition.weight_moments import projected_input
 from lorc_core.errors import ConfigError, UnsupportedModelError
 from lorc_core.measurement.calibration import calibrate
 from lorc_core.methods import METHODS, Axes
