@@ -4,7 +4,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, NoReturn
 
 PIPELINE_PACKAGES = ("accelerate", "datasets", "mlflow", "pyarrow", "pydantic", "ray", "rich", "typer", "yaml")
 if missing := [name for name in PIPELINE_PACKAGES if importlib.util.find_spec(name) is None]:
@@ -13,6 +13,7 @@ if missing := [name for name in PIPELINE_PACKAGES if importlib.util.find_spec(na
 import typer
 
 from jobs.command import guarded
+from pipeline.zoo.file import load_zoo
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -44,41 +45,34 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace 
 @app.command()
 def plan(zoo: ZooFile, workdir: Workdir = WORKDIR) -> None:
     """Show what would run, what is done, and cache sizes before and after, from the configs alone."""
+    checked = load_zoo(zoo)  # before what takes seconds to import
     from jobs.show_plan import show_plan
 
-    raise typer.Exit(show_plan(zoo, workdir))
+    raise typer.Exit(show_plan(checked, workdir))
 
 
 @app.command()
 def run(zoo: ZooFile, workdir: Workdir = WORKDIR) -> None:
     """Compress, evaluate and register everything in the zoo file; goes on where it was stopped."""
-    from jobs.compress_zoo import compress_zoo
-
-    raise typer.Exit(compress_zoo(zoo, workdir, until="register"))
+    run_until("register", zoo, workdir)
 
 
 @app.command()
 def compress(zoo: ZooFile, workdir: Workdir = WORKDIR) -> None:
     """Only decompose, schedule and write the variants."""
-    from jobs.compress_zoo import compress_zoo
-
-    raise typer.Exit(compress_zoo(zoo, workdir, until="compress"))
+    run_until("compress", zoo, workdir)
 
 
 @app.command()
 def evaluate(zoo: ZooFile, workdir: Workdir = WORKDIR) -> None:
     """Compress and evaluate, without registering."""
-    from jobs.compress_zoo import compress_zoo
-
-    raise typer.Exit(compress_zoo(zoo, workdir, until="evaluate"))
+    run_until("evaluate", zoo, workdir)
 
 
 @app.command()
 def register(zoo: ZooFile, workdir: Workdir = WORKDIR) -> None:
     """The same as run: compress, evaluate and register."""
-    from jobs.compress_zoo import compress_zoo
-
-    raise typer.Exit(compress_zoo(zoo, workdir, until="register"))
+    run_until("register", zoo, workdir)
 
 
 @app.command()
@@ -89,9 +83,10 @@ def promote(
     workdir: Workdir = WORKDIR,
 ) -> None:
     """Make a registered variant the champion, if the gates accept it; the reasons of a refusal become tags."""
+    checked = load_zoo(zoo) if zoo is not None else None
     from jobs.promote import promote_variant
 
-    raise typer.Exit(promote_variant(reference, to, zoo, workdir))
+    raise typer.Exit(promote_variant(reference, to, checked, workdir))
 
 
 @app.command()
@@ -150,9 +145,10 @@ def methods() -> None:
 @app.command()
 def spectrum(zoo: ZooFile, workdir: Workdir = WORKDIR) -> None:
     """Show per layer the conditions, effective ranks and ranks by schedule and, with calibration, the best preset."""
+    checked = load_zoo(zoo)
     from jobs.show_spectrum import show_spectrum
 
-    raise typer.Exit(show_spectrum(zoo, workdir))
+    raise typer.Exit(show_spectrum(checked, workdir))
 
 
 @bench.command("svd")
@@ -222,6 +218,14 @@ def bench_calibrate() -> None:
     from jobs.bench.calibrate import main as bench_calibrate_main
 
     bench_calibrate_main()
+
+
+def run_until(until: Literal["compress", "evaluate", "register"], zoo: Path, workdir: Path) -> NoReturn:
+    """Run a zoo file, which is read before what takes seconds to import."""
+    checked = load_zoo(zoo)
+    from jobs.compress_zoo import compress_zoo
+
+    raise typer.Exit(compress_zoo(checked, workdir, until=until))
 
 
 def main() -> None:

@@ -6,20 +6,20 @@ import typer
 
 from jobs.screen import StepProgress, console, results_table
 from pipeline.results import results
+from pipeline.zoo.consistency import cautions
 from pipeline.zoo.file import load_zoo
-from pipeline.zoo.schema import cautions
+from pipeline.zoo.schema import Zoo
 from pipeline.zoo_run import Until, ZooRun, run_zoo
 
 
-def compress_zoo(zoo_file: Path, workdir: Path, until: Until) -> int:
-    """Run a zoo file up to a kind of step, with progress bars and a table.
+def compress_zoo(zoo: Zoo, workdir: Path, until: Until) -> int:
+    """Run a zoo up to a kind of step, with progress bars and a table.
 
     Returns:
         The exit code: 1 if any model failed, else 0.
     """
-    zoo = load_zoo(zoo_file)
     screen = console()
-    for caution in cautions(zoo):
+    for caution in cautions(zoo.parts):
         screen.print(f"[yellow]caution:[/yellow] {caution}")
     progress = StepProgress(screen)
     with progress.bars:
@@ -53,7 +53,7 @@ def summary(done: ZooRun) -> str:
 
 def main(zoo: Path, workdir: Path = Path("lorc-work")) -> None:
     """The form a Ray job submits."""
-    raise typer.Exit(compress_zoo(zoo, workdir, until="register"))
+    raise typer.Exit(compress_zoo(load_zoo(zoo), workdir, until="register"))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,15 @@ from jobs.screen import console
 from pipeline.registry import promote
 from pipeline.tracking import default_tracking_uri
 from pipeline.zoo.file import load_zoo
+from pipeline.zoo.schema import Zoo
 
 
-def promote_variant(reference: str, alias: str, zoo_file: Path | None, workdir: Path) -> int:
+def promote_variant(reference: str, alias: str, zoo: Zoo | None, workdir: Path) -> int:
     """Move the alias if the gates accept the version.
 
     Returns:
         The exit code: 1 if it was refused, else 0.
     """
-    zoo = load_zoo(zoo_file) if zoo_file is not None else None
     gates = zoo.gates if zoo is not None else None
     version, reasons = promote(default_tracking_uri(zoo, workdir.resolve()), reference, alias, gates)
     name = f"{version.name} version {version.version} ({version.tags['variant']})"
@@ -38,7 +38,7 @@ def main(
     workdir: Path = Path("lorc-work"),
 ) -> None:
     """The form a Ray job submits."""
-    raise typer.Exit(promote_variant(reference, to, zoo, workdir))
+    raise typer.Exit(promote_variant(reference, to, load_zoo(zoo) if zoo else None, workdir))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ from rich.table import Table
 from jobs.screen import console, size
 from pipeline.planning import ModelPlan, plan_model
 from pipeline.storage.store import Store
-from pipeline.zoo.file import load_zoo
 from pipeline.zoo.schema import Zoo
 
 
-def show_plan(zoo_file: Path, workdir: Path) -> int:
+def show_plan(zoo: Zoo, workdir: Path) -> int:
     """Print the plan. Returns the exit code: 1 if a model cannot be planned, else 0."""
-    zoo = load_zoo(zoo_file)
     store = Store(workdir.resolve())
     plans = [plan_model(zoo, entry, store) for entry in zoo.models]
     screen = console()

@@ -9,14 +9,13 @@ from rich.table import Table
 
 from jobs.screen import StepProgress, console
 from pipeline.spectrum import LayerChoice, ModelSpectrum, SpectrumRow, model_spectra
-from pipeline.zoo.file import load_zoo
+from pipeline.zoo.schema import Zoo
 
 NUM_PRESETS = 4  # of a layer's best
 
 
-def show_spectrum(zoo_file: Path, workdir: Path) -> int:
+def show_spectrum(zoo: Zoo, workdir: Path) -> int:
     """Print the tables. Returns the exit code: 1 if a step failed, else 0."""
-    zoo = load_zoo(zoo_file)
     screen = console()
     progress = StepProgress(screen)
     with progress.bars:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from lorc_core.errors import ArtifactError
 from pipeline.storage.tables import read_rows
-from pipeline.zoo.schema import Gates
+from pipeline.zoo.sections import Gates
 
 STANDARD_ERRORS = 2  # a rise within this many standard errors of zero is no fall
 

@@ -12,13 +12,16 @@ from lorc_core.model.kinds import KINDS
 from lorc_core.ranks.schedules import Uniform
 from lorc_core.ranks.spectra import KindSpectrum, LayerSpectrum
 from pipeline.evaluation import DTYPES, device_plan
+from pipeline.steps.failures import logged_failure
 from pipeline.steps.graph import model_steps
 from pipeline.steps.step import distinct
 from pipeline.storage.store import Store
 from pipeline.tracking import default_tracking_uri
 from pipeline.zoo.limits import GIB
 from pipeline.zoo.models import config_for_planning, resolve
-from pipeline.zoo.schema import ModelEntry, VariantEntry, Zoo, variant_label
+from pipeline.zoo.schema import Zoo
+from pipeline.zoo.sections import ModelEntry
+from pipeline.zoo.variants import VariantEntry, variant_label
 from pipeline.zoo_run import wanted_steps
 
 
@@ -60,8 +63,8 @@ def plan_model(zoo: Zoo, entry: ModelEntry, store: Store) -> ModelPlan:
             devices=planned_devices(zoo, entry, config),
             steps=done_steps(zoo, entry, store),
         )
-    except LorcError as error:
-        return ModelPlan(entry.name, error=str(error))
+    except Exception as error:  # noqa: BLE001  one model must not cost the others their plan
+        return ModelPlan(entry.name, error=logged_failure(error, store.log(f"plan-{entry.name}")))
 
 
 def planned_caches(zoo: Zoo, entry: ModelEntry, architecture: Architecture) -> tuple[PlannedCache, ...]:

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorc_core.manifest import write_manifest
-
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
@@ -32,7 +30,7 @@ from lorc_core.variant import load_variant
 from pipeline.gates import reasons_to_refuse, text_rise
 from pipeline.storage.artifacts import WINDOWS_FILE
 from pipeline.storage.tables import read_rows
-from pipeline.zoo.schema import Gates
+from pipeline.zoo.sections import REGRESSION_TOLERANCE, Gates
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -57,6 +55,15 @@ class Registered:
     metrics: dict[str, float]
     details: dict[str, Any]
 
+    @property
+    def gates(self) -> Gates | None:
+        """Those it was registered with, if the zoo file had any."""
+        return None if self.details["gates"] is None else Gates.model_validate(self.details["gates"])
+
+    @property
+    def regression_tolerance(self) -> float:
+        return self.gates.regression_tolerance if self.gates else REGRESSION_TOLERANCE
+
 
 def connect(tracking_uri: str) -> MlflowClient:
     """A client of one store, for runs and registered models alike.
@@ -73,7 +80,7 @@ def register_variant(
     experiment: str,
     model_name: str,
     label: str,
-    gates: dict[str, Any],
+    gates: dict[str, Any] | None,
     settings: dict[str, Any],
     text_names: Sequence[str],
     trust_remote_code: bool,
@@ -212,7 +219,6 @@ def log_files(
         shutil.copy(evaluation / "scores.parquet", scratch / "evaluation")
         for text, directory in windows.items():
             shutil.copy(directory / WINDOWS_FILE, scratch / "evaluation" / f"{text}.npy")
-        write_manifest(scratch / "evaluation")
         client.log_artifacts(run_id, str(scratch / "evaluation"), EVALUATION_PATH)
 
 
@@ -255,8 +261,10 @@ def choose_candidate(tracking_uri: str, model_name: str, versions: Sequence[str]
 
 def refusals(registered: Registered, gates: Gates | None = None) -> list[str]:
     """Why the gates (its own, unless others are given) refuse a registered version."""
-    own = Gates.model_validate(registered.details["gates"])
-    return reasons_to_refuse(gates or own, registered.metrics, registered.details["texts"])
+    gates = gates or registered.gates
+    if gates is None:
+        return ["it was registered without gates, and none are given"]
+    return reasons_to_refuse(gates, registered.metrics, registered.details["texts"])
 
 
 def read_version(client: MlflowClient, version: ModelVersion) -> Registered:

@@ -12,16 +12,16 @@ from uuid import uuid4
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from lorc_core.errors import LorcError
 from lorc_core.loading import variant_and_base
 from pipeline.registry import champions, connect, fetch_files, read_version
+from pipeline.steps.failures import logged_failure
 from pipeline.steps.outcome import Outcome
 from pipeline.steps.runner import run_steps
 from pipeline.steps.scores import RegressStep
 from pipeline.steps.step import ModelLoad, Need, Step
 from pipeline.storage.store import Store
 from pipeline.storage.tables import collect, read_rows
-from pipeline.zoo.schema import Resources
+from pipeline.zoo.sections import Resources
 
 VERDICT_TAG = "lorc.regression"
 
@@ -73,7 +73,7 @@ def regress(
     started_at = datetime.now(UTC).isoformat()  # to the microsecond: two within a second are two
     versions = champions(client, names)
     with fetched_files(store.root) as directory:
-        steps, errors = regress_steps(client, versions, started_at, directory)
+        steps, errors = regress_steps(client, versions, started_at, directory, store)
         on_plan(list(steps.values()))
         outcomes = run_steps(list(steps.values()), {}, store, address, on_outcome, on_phase=on_phase) if steps else []
     errors |= {outcome.model: outcome.error for outcome in outcomes if outcome.error is not None}
@@ -92,7 +92,7 @@ def regress(
 
 
 def regress_steps(
-    client: MlflowClient, versions: Sequence[ModelVersion], started_at: str, directory: Path
+    client: MlflowClient, versions: Sequence[ModelVersion], started_at: str, directory: Path, store: Store
 ) -> tuple[dict[str, RegressStep], dict[str, str]]:
     """The steps of the champions by label, and why others have none."""
     steps: dict[str, RegressStep] = {}
@@ -100,8 +100,9 @@ def regress_steps(
     for version in versions:
         try:
             steps[label(version)] = regress_step(client, version, started_at, directory / str(len(steps)))
-        except LorcError as error:
-            errors[label(version)] = str(error)
+        except Exception as error:  # noqa: BLE001  one champion must not cost the others their verdicts
+            log = store.log(f"regress-{version.name}-{version.version}")
+            errors[label(version)] = logged_failure(error, log)
     return steps, errors
 
 
@@ -141,7 +142,7 @@ def regress_step(client: MlflowClient, version: ModelVersion, started_at: str, d
         started_at=started_at,
         batch_size=details["settings"]["batch_size"],
         text_names=tuple(details["texts"]),
-        tolerance=details["gates"]["regression_tolerance"],
+        tolerance=registered.regression_tolerance,
         variant_dir=variant_dir,
         evaluation_dir=evaluation_dir,
     )

@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lorc_core.errors import LorcError
-from lorc_core.manifest import checked_file
+from pipeline.steps.failures import logged_failure
 from pipeline.steps.graph import ModelSteps, model_steps
 from pipeline.steps.outcome import Milestone, Outcome, cached_outcomes
 from pipeline.steps.step import Step, distinct
@@ -42,13 +41,19 @@ def plan_steps(zoo: Zoo, store: Store) -> tuple[list[ModelSteps], list[Outcome]]
     for entry in zoo.models:
         try:
             model = model_steps(zoo, resolve(entry), tracking_uri)
-        except LorcError as error:
-            failed.append(Outcome(f"resolve-{entry.name}", "resolve", entry.name, None, "failed", str(error)))
+        except Exception as error:  # noqa: BLE001  one model must not cost the others their night
+            failed.append(failure("resolve", entry.name, error, store))
             continue
         planned.append(model)
         for label, reason in model.refused:
             failed.append(Outcome(f"variant-{entry.name}-{label}", "variant", entry.name, label, "failed", reason))
     return planned, failed
+
+
+def failure(name: str, model: str, error: Exception, store: Store) -> Outcome:
+    """Of something that is done for each model but is no step."""
+    key = f"{name}-{model}"
+    return Outcome(key, name, model, None, "failed", logged_failure(error, store.log(key)))
 
 
 def wanted_steps(models: Sequence[ModelSteps], until: Until) -> list[Step]:
@@ -96,7 +101,11 @@ def run_zoo(
     outcomes = run_wanted(zoo, store, wanted_steps(models, until), on_plan, on_outcome, on_progress, on_phase)
     run = ZooRun(zoo, store, tuple(models), (*failed, *outcomes))
     if until == "register":
-        choose_candidates(run)
+        failed = choose_candidates(run, on_phase)
+        for outcome in failed:
+            on_outcome(outcome)
+        run = replace(run, outcomes=(*run.outcomes, *failed))
+    on_phase("writing the tables")
     write_tables(run)
     return run
 
@@ -125,10 +134,13 @@ def run_wanted(
     return outcomes
 
 
-def choose_candidates(run: ZooRun) -> None:
+def choose_candidates(run: ZooRun, on_phase: Callable[[str], None]) -> list[Outcome]:
     """Move each model's alias `candidate` to the best of the variants that this zoo file asks for.
 
     What was chosen from is noted in the store, so that a run that changes nothing need not ask MLflow.
+
+    Returns:
+        The failures.
     """
     note = run.store.root / "candidates" / f"{run.zoo.name}.json"
     choices = {
@@ -140,20 +152,27 @@ def choose_candidates(run: ZooRun) -> None:
         for model in run.models
     }
     if note.is_file() and json.loads(note.read_text()) == choices:
-        return
+        return []
+    on_phase("choosing candidates")
     from pipeline.registry import choose_candidate
 
     tracking_uri = default_tracking_uri(run.zoo, run.store.root)
+    failed = []
     for name, registrations in choices.items():
-        if registrations:
-            choose_candidate(tracking_uri, name, [registered["version"] for registered in registrations])
-    note.parent.mkdir(exist_ok=True)
-    note.write_text(json.dumps(choices))
+        try:
+            if registrations:
+                choose_candidate(tracking_uri, name, [registered["version"] for registered in registrations])
+        except Exception as error:  # noqa: BLE001  MLflow may be away; the tables are still written
+            failed.append(failure("candidate", name, error, run.store))
+    if not failed:
+        note.parent.mkdir(exist_ok=True)
+        note.write_text(json.dumps(choices))
+    return failed
 
 
 def registration(store: Store, step: Step) -> dict[str, str]:
     """Name, version and run id that a finished register step wrote."""
-    return json.loads(checked_file(store.path(step) / "registration.json").read_text())
+    return json.loads((store.path(step) / "registration.json").read_text())
 
 
 def write_tables(run: ZooRun) -> None:

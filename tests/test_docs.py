@@ -91,6 +91,12 @@ def test_python_blocks_run(page, place):
             names["DIR"] = exported(place / f"exported-{line}", plain="--plain" in content)
 
 
+def test_model_card_block_runs(place):
+    compress("path/to/model", "lorc", 0.5, "uniform").save("this directory")
+    ((_, content, _),) = blocks(place / "this directory" / "README.md", "python")
+    exec(content, {})
+
+
 def exported(directory, *, plain):
     """What blocks after a `lorc export VARIANT DIR` call DIR."""
     method = "k_svd" if plain else "lorc_q"

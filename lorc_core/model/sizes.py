@@ -3,9 +3,12 @@
 Checked before a model is built from them: one with a thousand million layers would never be finished.
 """
 
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING
 
 from lorc_core.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import transformers  # named in strings alone: a zoo file is read without it, which takes seconds to import
 
 # Far above any model that was published, far below what a machine cannot even describe.
 BOUNDS = {
@@ -24,7 +27,7 @@ BOUNDS = {
 REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
-def check_sizes(config: PreTrainedConfig) -> None:
+def check_sizes(config: "transformers.PreTrainedConfig") -> None:
     """Raise ArtifactError where a size is no whole number within its bounds, or heads do not divide.
 
     Args:

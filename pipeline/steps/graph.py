@@ -16,8 +16,10 @@ from pipeline.steps.texts import CalibrateStep, WindowsStep
 from pipeline.steps.variants import ProjectionErrorsStep, VariantStep
 from pipeline.zoo.limits import check_variant, check_window
 from pipeline.zoo.models import ResolvedModel
-from pipeline.zoo.schema import Budget, Calibration, Evaluation, TextEntry, VariantEntry, Zoo, variant_label
+from pipeline.zoo.schema import Zoo
+from pipeline.zoo.sections import Calibration, Evaluation, TextEntry
 from pipeline.zoo.texts import Text, text_identity, tokenizer_identity
+from pipeline.zoo.variants import Budget, VariantEntry, variant_label
 
 # Float64 weight, Gram matrix, eigenvectors and workspace of one layer, over the bytes of its float64 weight and
 # of its square block; generous, since Ray only counts it.
@@ -315,7 +317,7 @@ def register_step(
         experiment=zoo.registry.experiment or zoo.name,
         model_name=model.entry.name,
         label=evaluation.label,
-        gates=zoo.gates.model_dump(mode="json"),
+        gates=zoo.gates.model_dump(mode="json") if zoo.gates else None,
         settings={"dtype": model.entry.dtype, "batch_size": zoo.evaluation.batch_size},
         text_names=evaluation.text_names,
         trust_remote_code=model.entry.trust_remote_code,

@@ -11,12 +11,11 @@ from lorc_core.model.architecture import Architecture
 from lorc_core.model.checkpoint import Checkpoint
 from lorc_core.model.kinds import KeysValues, LayerKind
 from pipeline.steps.step import FileStep, Input, ModelStep, Pin, Place, Progress, Recipe
-from pipeline.steps.texts import CalibrateStep, WindowsStep
+from pipeline.steps.texts import CalibrateStep, WindowsStep, windows_of
 from pipeline.storage.artifacts import (
     load_bases,
     load_layer,
     load_moments,
-    load_windows,
     save_adapters,
     save_bases,
     save_layer,
@@ -69,7 +68,7 @@ class TrainStep(ModelStep):
         from lorc_core.measurement.training import Trainer
 
         trainer = Trainer(model, [load_layer(path) for path in store.paths(self.layers)], self.training)
-        text = torch.from_numpy(load_windows(store.paths(self.windows)))
+        text = torch.from_numpy(windows_of(self.windows, store, model))
         rows = []
         for state in trainer.train(text, self.resume_dir(store)):
             rows.append({"step": state.step, "best": state.best, "last": state.last})

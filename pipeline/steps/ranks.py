@@ -1,6 +1,5 @@
 """Steps that decide ranks: what schedules measure, the schedules, and the search after one that measures."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,12 @@ from lorc_core.ranks.schedules import Probe, Schedule, Sensitivity
 from lorc_core.ranks.spectra import RankSchedule
 from pipeline.steps.layers import LayerStep
 from pipeline.steps.step import FileStep, Input, ModelStep, Place, Recipe
-from pipeline.steps.texts import WindowsStep
+from pipeline.steps.texts import WindowsStep, windows_of
 from pipeline.storage.artifacts import (
     load_layer,
     load_probes,
     load_ranks,
     load_spectra,
-    load_windows,
     save_probes,
     save_ranks,
 )
@@ -48,8 +46,9 @@ class ProbeStep(ModelStep):
     def run(self, output: Path, store: Store, model: "PreTrainedModel") -> None:
         from lorc_core.measurement.probes import probe
 
-        batches = probe_batches(store.paths(self.windows), self.num_windows, self.batch_size)
-        save_probes(output, probe(self.kind, model, [load_layer(path) for path in store.paths(self.layers)], batches))
+        layers = [load_layer(path) for path in store.paths(self.layers)]
+        windows = torch.from_numpy(windows_of(self.windows, store, model, self.num_windows))
+        save_probes(output, probe(self.kind, model, layers, windows.split(self.batch_size)))
 
 
 @dataclass(frozen=True)
@@ -110,14 +109,9 @@ class SearchStep(ModelStep):
         from lorc_core.measurement.exchange import exchanged_ranks
 
         layers = [load_layer(path) for path in store.paths(self.layers)]
-        batches = probe_batches(store.paths(self.windows), self.num_windows, self.batch_size)
+        windows = torch.from_numpy(windows_of(self.windows, store, model, self.num_windows))
         start = load_ranks(store.path(self.ranks))
-        save_ranks(output, exchanged_ranks(model, self.schedule, layers, batches, start))
+        save_ranks(output, exchanged_ranks(model, self.schedule, layers, windows.split(self.batch_size), start))
 
 
 RanksStep = ScheduleStep | SearchStep  # leaves a variant's ranks
-
-
-def probe_batches(windows: Sequence[Path], num_windows: int, batch_size: int) -> list[torch.Tensor]:
-    """The first windows of each calibration text."""
-    return list(torch.from_numpy(load_windows(windows, num_windows)).split(batch_size))

@@ -25,7 +25,7 @@ class RegisterStep(FileStep):
     experiment: Recipe[str]
     model_name: Recipe[str]
     label: Recipe[str]
-    gates: Recipe[dict[str, Any]]
+    gates: Recipe[dict[str, Any] | None]
     settings: Recipe[dict[str, Any]]
     text_names: Recipe[tuple[str, ...]]
     trust_remote_code: Place[bool]

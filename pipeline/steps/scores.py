@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorc_core.manifest import checked_file
 from lorc_core.variant import load_variant
 from pipeline.gates import fell, losses_of, paired_rise, standard_error
 from pipeline.steps.step import Input, ModelStep, Place, Recipe
-from pipeline.steps.texts import WindowsStep
+from pipeline.steps.texts import WindowsStep, windows_of
 from pipeline.steps.variants import VariantStep
-from pipeline.storage.artifacts import load_windows
 from pipeline.storage.store import Store
 from pipeline.storage.tables import read_rows, write_table
 
@@ -47,8 +45,8 @@ class EvaluateStep(ModelStep):
         factor_floats = 0 if variant is None else variant.factor_floats
         scores, losses = [], []
         with nullcontext() if variant is None else attach(model, variant):
-            for text, directory in zip(self.text_names, store.paths(self.windows), strict=True):
-                windows = load_windows([directory])
+            for text, pinned in zip(self.text_names, self.windows, strict=True):
+                windows = windows_of([pinned], store, model)
                 started = time.perf_counter()
                 per_window, bytes_per_token = window_losses(model, windows, self.batch_size)
                 elapsed_s = time.perf_counter() - started
@@ -99,7 +97,7 @@ class RegressStep(ModelStep):
         rows = []
         with attach(model, variant):
             for text in self.text_names:
-                windows = np.load(checked_file(self.evaluation_dir / f"{text}.npy"))
+                windows = np.load(self.evaluation_dir / f"{text}.npy")
                 per_window, bytes_per_token = window_losses(model, windows, self.batch_size)
                 rise = paired_rise(losses_of(self.evaluation_dir, text), per_window)
                 registered_bytes = scores[text]["bytes_per_token"]

@@ -1,15 +1,19 @@
 """Steps that read texts: windows of tokens, and what a model's layers make of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
 
+from lorc_core.errors import ArtifactError
 from pipeline.steps.step import FileStep, Input, ModelStep, Pin, Place, Recipe
 from pipeline.storage.artifacts import load_windows, save_moments, save_windows
 from pipeline.storage.store import Store
-from pipeline.zoo.schema import DocumentMarks
+from pipeline.zoo.sections import DocumentMarks
 from pipeline.zoo.texts import Text, pin_windows, text_tokens
 
 if TYPE_CHECKING:
@@ -48,6 +52,26 @@ class WindowsStep(FileStep):
         save_windows(output, windows)
 
 
+def windows_of(
+    steps: Sequence[WindowsStep], store: Store, model: "PreTrainedModel", num_windows: int | None = None
+) -> Int[np.ndarray, "windows tokens"]:
+    """The windows of all texts, or the first so many of each, for a model to read.
+
+    It is checked here and not where they are cut, because models of one tokenizer share them.
+
+    Raises:
+        ArtifactError: The tokenizer gives an id that the model has no embedding for.
+    """
+    windows, vocab_size = load_windows(store.paths(steps), num_windows), model.config.get_text_config().vocab_size
+    if windows.max() >= vocab_size:
+        raise ArtifactError(
+            f"the tokenizer in {model.name_or_path} gives the id {windows.max()} in the texts "
+            f"{', '.join(step.source.name for step in steps)}, the model's vocabulary has ids below {vocab_size}: "
+            "it is not this model's tokenizer"
+        )
+    return windows
+
+
 @dataclass(frozen=True, kw_only=True)
 class CalibrateStep(ModelStep):
     """Second moments of every layer on one shard of the calibration windows."""
@@ -64,5 +88,5 @@ class CalibrateStep(ModelStep):
     def run(self, output: Path, store: Store, model: "PreTrainedModel") -> None:
         from lorc_core.measurement.calibration import calibrate
 
-        rows = torch.from_numpy(load_windows(store.paths(self.windows)))[self.shard :: self.num_shards]
+        rows = torch.from_numpy(windows_of(self.windows, store, model))[self.shard :: self.num_shards]
         save_moments(output, calibrate(model, rows.split(self.batch_size), join_rotated_heads=self.join_rotated_heads))

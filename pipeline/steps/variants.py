@@ -18,7 +18,7 @@ from pipeline.steps.texts import CalibrateStep
 from pipeline.storage.artifacts import load_adapters, load_layer, load_moments, load_ranks
 from pipeline.storage.store import Store
 from pipeline.storage.tables import write_table
-from pipeline.zoo.schema import Dtype
+from pipeline.zoo.sections import Dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,11 @@
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from lorc_core.errors import LorcError
+from pipeline.steps.failures import logged_failure
 from pipeline.steps.outcome import Milestone, Outcome
 from pipeline.steps.step import FileStep, ModelStep, Progress, Step
 from pipeline.storage.store import Store
@@ -21,15 +19,17 @@ if TYPE_CHECKING:
 def run_group(steps: Sequence[Step], store: Store) -> Iterator[Outcome | Milestone]:
     """Run steps of one group in turn, yielding outcomes, and progress, as they come; they share one loaded model.
 
-    A LorcError is an outcome. Any other exception is a bug or a broken machine, and rises.
+    Whatever a step raises, foreseen or not, is its outcome: one model must not cost the others their night.
     """
-    try:
-        with shared_model(steps[0]) as model:
+    with ExitStack() as opened:
+        try:
+            model = opened.enter_context(shared_model(steps[0]))
+        except Exception as error:  # noqa: BLE001
             for step in steps:
-                yield from run_step(step, store, model)
-    except LorcError as error:
+                yield Outcome.of(step, "failed", logged_failure(error, store.log(step.key)))
+            return
         for step in steps:
-            yield Outcome.of(step, "failed", str(error))
+            yield from run_step(step, store, model)
 
 
 def shared_model(step: Step) -> "AbstractContextManager[PreTrainedModel | None]":
@@ -45,18 +45,17 @@ def run_step(step: Step, store: Store, model: "PreTrainedModel | None") -> Itera
     if store.is_done(step):  # by an earlier attempt whose worker was lost
         yield Outcome.of(step, "ran", elapsed_s=0.0)
         return
-    started = time.perf_counter()
-    error: str | None = None
+    started, error = time.perf_counter(), None
     try:
         with store.writing(store.path(step)) as scratch:
             for done, total in started_step(step, scratch, store, model) or ():
                 yield Milestone(step.key, f"{step.name} {step.model}", done, total)
+    except Exception as failure:  # noqa: BLE001  see `run_group`
+        error = logged_failure(failure, store.log(step.key))
+    else:
+        store.log(step.key).unlink(missing_ok=True)  # of an earlier attempt
         if (resume_dir := step.resume_dir(store)) is not None:
             shutil.rmtree(resume_dir, ignore_errors=True)
-    except LorcError as failure:
-        error = str(failure)
-    except torch.OutOfMemoryError as failure:
-        error = f"out of device memory; lower the batch_size or give more GPUs ({failure})"
     yield Outcome.of(step, "failed" if error else "ran", error, time.perf_counter() - started)
 
 

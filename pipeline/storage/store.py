@@ -47,6 +47,10 @@ class Store:
     def is_done(self, step: Keyed) -> bool:
         return (self.path(step) / MANIFEST_FILE).is_file()
 
+    def log(self, key: str) -> Path:
+        """Where the trace of a step that failed goes, or of what there was to do before steps."""
+        return self.root / "logs" / f"{key}.log"
+
     @contextmanager
     def writing(self, path: Path) -> Iterator[Path]:
         """A scratch directory that becomes `path`, whole and with its manifest, if the block does not raise."""

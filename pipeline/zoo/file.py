@@ -1,20 +1,28 @@
-"""Read a zoo file; every error names the file, the field and what is allowed."""
+"""Read a zoo file; every error names the file, the field and what is allowed, and all of them are told at once."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from lorc_core.errors import ConfigError
-from pipeline.zoo.schema import Zoo
+from pipeline.zoo.consistency import Parts, contradictions
+from pipeline.zoo.schema import Zoo, with_methods
+from pipeline.zoo.sections import Calibration, Evaluation, ModelEntry
+from pipeline.zoo.variants import VariantEntry
+
+# Errors that follow from others: a default that needs a wrong field, a list short of its wrong entries.
+FOLLOWING = ("default_factory_not_called",)
+Section = TypeVar("Section", bound=BaseModel)
 
 
 def load_zoo(path: Path | str) -> Zoo:
     """Read and check a zoo file.
 
     Raises:
-        ConfigError: The file is absent, is not YAML, or a field is wrong; one line per wrong field.
+        ConfigError: The file is absent, is not YAML, or fields are wrong; one line for each thing that is.
     """
     path = Path(path)
     if not path.is_file():
@@ -25,35 +33,64 @@ def load_zoo(path: Path | str) -> Zoo:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must be a mapping with the fields {', '.join(Zoo.model_fields)}")
+    context = {"folder": path.resolve().parent}
     try:
-        return Zoo.model_validate(content, context={"folder": path.resolve().parent})
+        return Zoo.model_validate(content, context=context)
     except ValidationError as error:
-        raise ConfigError("\n".join(describe(path, problem) for problem in root_problems(error))) from error
+        problems = [line for problem in root_problems(error) for line in described(problem)]
+        problems += contradictions(readable_parts(with_methods(content), context))
+        raise ConfigError("\n".join(f"{path}: {line}" for line in dict.fromkeys(problems))) from error
+
+
+def readable_parts(content: dict[str, Any], context: dict[str, Any]) -> Parts:
+    """What of a zoo file can be used although some of it is wrong, to tell how that fits together."""
+
+    def entries(section: type[Section], name: str) -> list[Section]:
+        listed = content.get(name)
+        read = (readable(section, entry, context) for entry in (listed if isinstance(listed, list) else []))
+        return [entry for entry in read if entry is not None]
+
+    return Parts(
+        models=entries(ModelEntry, "models"),
+        variants=entries(VariantEntry, "variants"),
+        calibration=readable(Calibration, content.get("calibration"), context),
+        evaluation=readable(Evaluation, content.get("evaluation"), context),
+        has_calibration=content.get("calibration") is not None,
+    )
+
+
+def readable(section: type[Section], written: Any, context: dict[str, Any]) -> Section | None:
+    """A section, unless something in it is wrong."""
+    try:
+        return section.model_validate(written, context=context)
+    except ValidationError:
+        return None
 
 
 def root_problems(error: ValidationError) -> list[Any]:
-    """pydantic's errors without those of a list that is only too short because its entries are wrong."""
+    """pydantic's errors without those that only follow from others."""
     problems = error.errors()
 
     def follows(problem: Any) -> bool:
         inside = (other["loc"][: len(problem["loc"])] == problem["loc"] for other in problems if other is not problem)
-        return problem["type"] == "too_short" and any(inside)
+        return problem["type"] in FOLLOWING or (problem["type"] == "too_short" and any(inside))
 
     return [problem for problem in problems if not follows(problem)]
 
 
-def describe(path: Path, problem: Any) -> str:
-    """One pydantic error as one line: file, field, what was found, what is allowed."""
+def described(problem: Any) -> Iterator[str]:
+    """One pydantic error, a line for each thing that it tells: the field, what is allowed, what was given."""
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         allowed = ", ".join(fields_at(problem["loc"][:-1]))
-        return f"{path}: {where}: unknown field; allowed here are {allowed}"
-    found = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
-    message = problem["msg"].removeprefix("Value error, ").removesuffix(".")
-    quoted = isinstance(problem["input"], str) and repr(problem["input"]) in message
-    if len(found) > 100 or quoted:
-        found = ""
-    return f"{path}: {where + ': ' if where else ''}{message[0].lower() + message[1:]}{found}"
+        yield f"{where}: unknown field; allowed here are {allowed}"
+        return
+    told = problem["type"] == "missing" or isinstance(problem["input"], dict)  # what is wrong in it is told by name
+    given = "" if told else f", got {problem['input']!r}"
+    for message in problem["msg"].removeprefix("Value error, ").splitlines():
+        quoted = isinstance(problem["input"], str) and repr(problem["input"]) in message
+        ending = "" if len(given) > 100 or quoted else given
+        yield f"{where + ': ' if where else ''}{message[0].lower() + message[1:].removesuffix('.')}{ending}"
 
 
 def fields_at(location: tuple[int | str, ...]) -> list[str]:
@@ -69,7 +106,5 @@ def nested_model(annotation: Any) -> type[BaseModel] | None:
     """The pydantic model inside a type such as Annotated[tuple[Model, ...], ...] or Model | None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if found := nested_model(argument):
-            return found
-    return None
+    inside = (nested_model(argument) for argument in getattr(annotation, "__args__", ()))
+    return next((model for model in inside if model is not None), None)

@@ -2,7 +2,9 @@
 
 from lorc_core.errors import ConfigError
 from pipeline.zoo.models import ResolvedModel
-from pipeline.zoo.schema import ModelEntry, VariantEntry, Zoo
+from pipeline.zoo.schema import Zoo
+from pipeline.zoo.sections import ModelEntry
+from pipeline.zoo.variants import VariantEntry
 
 GIB = 1024**3
 

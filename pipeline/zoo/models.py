@@ -9,7 +9,7 @@ from lorc_core.errors import ConfigError
 from lorc_core.model.architecture import Architecture, architecture_of
 from lorc_core.model.checkpoint import Checkpoint, model_directory, read_config
 from lorc_core.variant import BaseModel
-from pipeline.zoo.schema import ModelEntry
+from pipeline.zoo.sections import ModelEntry
 
 
 @dataclass(frozen=True)

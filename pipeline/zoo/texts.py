@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lorc_core.errors import ArtifactError, ConfigError
 from lorc_core.manifest import file_sha256
 from lorc_core.model.checkpoint import TOKENIZER_FILES
-from pipeline.zoo.schema import TEXT_FORMATS, DocumentMarks
+from pipeline.zoo.sections import TEXT_FORMATS, DocumentMarks
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,7 @@ def pin_windows(
     if available < num_windows:
         raise ConfigError(
             f"text {name}: {len(stream)} tokens give {available} windows of {window_tokens}, {num_windows} are asked; "
-            "lower num_windows or window_tokens, or give a longer text (a .txt is one document, of which `part` takes "
-            "all or nothing, unless it has a separator)"
+            "lower num_windows or window_tokens, or give a longer text"
         )
     windows = stream[: available * window_tokens].reshape(available, window_tokens)
     return windows[np.sort(np.random.default_rng(seed).permutation(available)[:num_windows])]

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -276,6 +277,21 @@ def test_a_misspelt_field_is_one_line_and_exit_code_2(lorc, tmp_path):
         f"error: {zoo_file}: evaluation.batchsize: unknown field; allowed here are texts, window_tokens"
     )
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "compress", "evaluate", "register", "spectrum"])
+def test_a_wrong_zoo_file_is_refused_before_what_takes_seconds_to_import(tmp_path, command):
+    (tmp_path / "zoo.yaml").write_text("name: x\nmodels: [{name: a, source: ./a, dtype: float33}]\nvariants: 3\n")
+    script = (
+        f"import sys; sys.argv = ['lorc', '{command}', '{tmp_path / 'zoo.yaml'}']\n"
+        "from jobs.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as error: print(error.code)\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'ray', 'mlflow', 'pyarrow', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "2\n[]\n"
+    assert [line.split(": ")[-2] for line in done.stderr.splitlines()] == ["models.0.dtype", "variants", "evaluation"]
 
 
 def test_debug_shows_the_trace(lorc, monkeypatch, tmp_path):

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from lorc_core.errors import ConfigError
+from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.methods import Axes
 from lorc_core.model.kinds import KeysValues
 from lorc_core.ranks.schedules import Sensitivity
 from pipeline.steps.graph import model_steps
 from pipeline.steps.outcome import cached_outcomes
 from pipeline.steps.ranks import SearchStep
+from pipeline.steps.runner import run_steps
 from pipeline.steps.step import FileStep, Input, ModelLoad, ModelStep, Pin, Place, Recipe, Step, distinct
+from pipeline.steps.work import run_group
 from pipeline.storage.store import Store
 from pipeline.zoo.file import load_zoo
 from pipeline.zoo.models import resolve
@@ -36,9 +38,12 @@ class ProjectStep(FileStep):
     model_dir: Place[Path] = Path("/m")
     layers: Input[tuple[Step, ...]] = ()
     trained: Input[Step | None] = None
+    failure: Place[Exception | None] = None
 
     def run(self, output, store):
-        raise AssertionError("no test runs it")
+        if self.failure is not None:
+            raise self.failure
+        (output / "a.txt").write_text("a")
 
 
 def step(layer_idx=3, reader="none", **changes):
@@ -115,6 +120,47 @@ def test_distinct_orders_inputs_first_and_keeps_each_once():
     trained = step(5, layers=(one, two))
     last = step(6, trained=trained, layers=(one, step(2)))
     assert [each.layer_idx for each in distinct([last, trained])] == [1, 2, 5, 6]
+
+
+def test_whatever_a_step_raises_is_its_outcome_with_a_log(tmp_path):
+    """The others of its group run; a LorcError's message stays what it is, another names the log."""
+    store = Store(tmp_path)
+    ours = step(1, label="v", failure=NumericsError("layer 3 keys: NaN"))
+    foreign = step(2, failure=IndexError("index out of range\nin self"))
+    outcomes = list(run_group([ours, foreign, step(3)], store))
+    assert [outcome.status for outcome in outcomes] == ["failed", "failed", "ran"]
+    assert [outcome.variant for outcome in outcomes] == ["v", None, None]
+    assert outcomes[0].error == "layer 3 keys: NaN"
+    assert outcomes[1].error == f"IndexError: index out of range (trace in {tmp_path / 'logs' / foreign.key}.log)"
+    for each in (ours, foreign):
+        log = store.log(each.key).read_text()
+        assert log.startswith("Traceback")
+        assert str(each.failure) in log
+        assert "raise self.failure" in log
+    assert sorted(path.name for path in store.steps.iterdir()) == [step(3).key]
+
+
+def test_a_log_goes_when_the_step_is_done(tmp_path):
+    store = Store(tmp_path)
+    list(run_group([step(failure=ValueError("once"))], store))
+    assert store.log(step().key).is_file()
+    list(run_group([step()], store))
+    assert not store.log(step().key).exists()
+
+
+def test_a_failure_whose_log_cannot_be_written_is_still_one_line(tmp_path):
+    store = Store(tmp_path)
+    (tmp_path / "logs").write_text("no directory")
+    (outcome,) = run_group([step(failure=OSError(28, "No space left on device"))], store)
+    assert outcome.error == "OSError: [Errno 28] No space left on device (its trace cannot be written: File exists)"
+
+
+def test_a_bug_of_the_runner_stops_the_job(tmp_path):
+    def broken(outcome):
+        raise RuntimeError("a bug of ours")
+
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        run_steps([step(need=None)], {}, Store(tmp_path), None, broken)
 
 
 def test_an_artifact_appears_whole_with_its_manifest(tmp_path):

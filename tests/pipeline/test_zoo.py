@@ -1,6 +1,8 @@
 """The zoo file: what is accepted, and that every error names the file, the field and what is allowed."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -8,8 +10,9 @@ import yaml
 from lorc_core.errors import ConfigError
 from lorc_core.methods import METHODS, Axes, method_from_dict
 from lorc_core.ranks.schedules import Progressive, Uniform
+from pipeline.zoo.consistency import cautions
 from pipeline.zoo.file import load_zoo
-from pipeline.zoo.schema import cautions, variant_label
+from pipeline.zoo.variants import variant_label
 from tests.paths import REPOSITORY
 from tests.zoos import ZOO
 
@@ -53,7 +56,7 @@ def test_without_a_method_the_best_is_taken_that_there_is_text_for(content, load
     content["variants"] = [{"kept_fraction": 0.5}]
     assert load(content).variants[0].method == METHODS["lorc_q"]
     content["evaluation"]["texts"][0]["part"] = [0.25, 1]
-    content["calibration"] = {"texts": [{"name": "c", "source": "text.jsonl", "part": [0, 0.25]}], "probe_windows": 8}
+    content["calibration"] = {"texts": [{"name": "c", "source": "text.jsonl", "part": [0, 0.25]}]}
     (variant,) = load(content).variants
     assert variant.method == METHODS["kq_joint"]
     assert variant.schedule == variant.method.schedule
@@ -96,10 +99,10 @@ def test_rotated_keys_calibrated_on_too_few_positions_are_a_caution(content, loa
         "num_windows": 20,
     }
     content["variants"] = [{"method": name, "kept_fraction": 0.5} for name in ("kq_joint", "kq_svd", "lorc")]
-    (caution,) = cautions(load(content))
+    (caution,) = cautions(load(content).parts)
     assert caution.startswith("kq_svd: rotated keys are calibrated on positions below 16 and evaluated on up to 32")
     content["calibration"]["window_tokens"] = 32
-    assert cautions(load(content)) == []
+    assert cautions(load(content).parts) == []
 
 
 def set_at(content, path, value):
@@ -208,7 +211,7 @@ def set_at(content, path, value):
         (
             ["variants", 0, "budget"],
             {"memory_gib": 1, "batch_size": 1, "context_tokens": 1},
-            "give kept_fraction or budget, one of them",
+            r"variants\.0\.budget: give kept_fraction or budget, one of them",
         ),
         (
             ["calibration"],
@@ -223,7 +226,7 @@ def set_at(content, path, value):
         (
             ["calibration"],
             {"texts": [{"name": "c", "source": "text.jsonl"}], "num_windows": 2, "shards": 3},
-            "shards is 3, of 2 num_windows",
+            r"calibration\.shards: input should be at most num_windows, 2, got 3$",
         ),
         (
             ["variants", 0, "schedule"],
@@ -252,7 +255,7 @@ def set_at(content, path, value):
             [0.5, 1.2],
             r"kept_fraction\.1: input should be less than or equal to 1, go",
         ),
-        (["variants", 0, "kept_fraction"], [], r"variants\.0: give kept_fraction or budget, one of them"),
+        (["variants", 0, "kept_fraction"], [], r"variants\.0\.budget: give kept_fraction or budget, one of them"),
         (
             ["variants", 0],
             {"method": "lorc", "schedule": "progressive", "kept_fraction": 0.75},
@@ -266,7 +269,7 @@ def set_at(content, path, value):
         (["evaluation", "texts", 0, "source"], "./a.csv", r"name must end in one of \.txt, \.jsonl"),
         (["gates"], {}, "gates: give max_perplexity_rise, min_recovery or both"),
         (["gates", "min_recovery"], 1.5, r"gates\.min_recovery: input should be less than or equal to 1"),
-        (["cluster"], {"gpus": 8}, "cluster: gpus needs gpu_memory_gib"),
+        (["cluster"], {"gpus": 8}, "cluster.gpu_memory_gib: gpus needs gpu_memory_gib"),
     ],
 )
 def test_a_wrong_field_is_named_with_what_is_allowed(content, load, tmp_path, path, value, message):
@@ -301,14 +304,85 @@ def test_a_wrong_entry_of_a_list_is_not_reported_as_a_short_list(content, load):
     assert fields == ["variants.0.method", "variants.0.kept_fraction.0"]
 
 
-def test_every_wrong_field_gets_a_line(content, load):
-    del content["gates"]
+def test_all_that_is_wrong_is_told_at_once(content, load, tmp_path):
+    """Fields, what one field holds, and what does not fit between those that are right: nothing waits for a cure."""
     content["models"][0]["dtype"] = "float8"
+    content["models"] += [{"name": "x", "source": "./a"}, {"name": "x", "source": "./b"}]
+    content["variants"][0] |= {"schedule": "unifrom", "kept_fraction": [1.5], "budget": {"memory_gib": 0}}
+    content["variants"] += [
+        {"method": {"name": "m", "preset": "lorc", "keys": {"blok": 1, "block": 3}, "values": {"reader": "all"}}},
+        {"method": "kq_svd", "kept_fraction": 0.5},
+        {"method": "lorc", "schedule": "fisher", "kept_fraction": 0.5},
+    ]
+    content["gates"] = {"min_recovery": 2}
+    content["cluster"] = {"gpus": 8, "adress": "auto"}
+    del content["evaluation"]["texts"]
     with pytest.raises(ConfigError) as caught:
         load(content)
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 2
-    assert lines[1].endswith("gates: field required")
+    lines = [line.removeprefix(f"{tmp_path / 'zoo.yaml'}: ") for line in str(caught.value).splitlines()]
+    assert [line.split(": ")[0] for line in lines] == [
+        "models.0.dtype",
+        "variants.0.schedule",
+        "variants.0.kept_fraction.0",
+        "variants.0.budget.memory_gib",
+        "variants.0.budget.batch_size",
+        "variants.0.budget.context_tokens",
+        "variants.2.method",
+        "variants.2.budget",
+        "evaluation.texts",
+        "gates.min_recovery",
+        "cluster.gpu_memory_gib",
+        "cluster.adress",
+        "variants",
+        "variants",
+        "models",
+    ]
+    assert lines[6].split("; ") == [
+        "variants.2.method: unknown field 'blok'",
+        "keys allows statistics, reader, block, space, gqa, mean",
+        "keys.block: Input should be a valid string",
+        "values.reader: Input should be 'none', 'stacked' or 'interaction'",
+    ]
+    assert lines[-3:] == [
+        "variants: kq_svd measures on text, but there is no calibration",
+        "variants: schedule fisher measures on text, but there is no calibration",
+        "models: the name 'x' is used twice",
+    ]
+
+
+def test_gates_may_be_absent(content, load):
+    del content["gates"]
+    assert load(content).gates is None
+
+
+@pytest.mark.parametrize(("num_windows", "probe_windows"), [(12, 12), (128, 16)])
+def test_probe_windows_that_are_not_written_fit_the_windows(content, load, num_windows, probe_windows):
+    content["evaluation"]["texts"][0]["part"] = [0.25, 1]
+    texts = [{"name": "c", "source": "text.jsonl", "part": [0, 0.25]}]
+    content["calibration"] = {"texts": texts, "num_windows": num_windows}
+    assert load(content).calibration.probe_windows == probe_windows
+    content["calibration"] |= {"num_windows": 0}
+    with pytest.raises(ConfigError) as caught:
+        load(content)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_part_of_one_document_is_refused(content, load, tmp_path):
+    (tmp_path / "text.txt").write_text("one\n\ntwo")
+    content["evaluation"]["texts"][0] |= {"source": "text.txt", "part": [0.25, 1]}
+    with pytest.raises(ConfigError, match=r"texts\.0\.part: a \.txt is one document, of which no part can be taken"):
+        load(content)
+    content["evaluation"]["texts"][0]["separator"] = "\n\n"
+    assert load(content).evaluation.texts[0].part == (0.25, 1)
+
+
+HEAVY = "torch", "transformers", "numpy", "ray", "mlflow", "pyarrow", "datasets"
+
+
+def test_a_zoo_file_is_read_without_what_takes_seconds_to_import(tmp_path):
+    script = f"import sys, pipeline.zoo.file; print(sorted(set({HEAVY}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 @pytest.mark.parametrize(
@@ -326,6 +400,6 @@ def test_an_absent_file_is_refused(tmp_path):
         load_zoo(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("name", ["demo.yaml", "hub.yaml"])
+@pytest.mark.parametrize("name", ["demo.yaml", "hub.yaml", "methods.yaml"])
 def test_the_examples_load(name):
     assert len(load_zoo(REPOSITORY / "examples" / name).models) >= 2

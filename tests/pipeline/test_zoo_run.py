@@ -201,14 +201,26 @@ def break_rank(directory):
     model.save_pretrained(directory)
 
 
+def break_padding(directory):
+    """torch refuses to build it, with an AssertionError that no one foresaw."""
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"pad_token_id": 5000}))
+
+
+def break_vocabulary(directory):
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model.resize_token_embeddings(500)
+    model.save_pretrained(directory)
+
+
 @pytest.fixture(scope="module")
 def troubled(ray_cluster, tmp_path_factory):
-    """A zoo of two good models, three broken ones, one that is not there and one that asks for what no node has."""
+    """A zoo of two good models, five broken ones, one that is not there and one that asks for what no node has."""
     directory = tmp_path_factory.mktemp("troubled")
     zoo_file = write_zoo(directory, kept="0.5")
     entries = ["  - {name: missing, source: ./tiny-otp}"]
     entries += ["  - {name: greedy, source: ./small-llama, resources: {num_gpus: 4}}"]
-    for damage in (break_nan, break_file, break_rank):
+    for damage in (break_nan, break_file, break_rank, break_padding, break_vocabulary):
         damage(save_tiny_model("llama", directory / damage.__name__, seed=1))
         entries.append(f"  - {{name: {damage.__name__}, source: ./{damage.__name__}, dtype: float32}}")
     zoo_file.write_text(zoo_file.read_text().replace("models:", "\n".join(["models:", *entries]), 1))
@@ -217,7 +229,7 @@ def troubled(ray_cluster, tmp_path_factory):
 
 def test_only_what_is_wrong_fails(troubled):
     _, run = troubled
-    wrong = {"missing", "greedy", "break_nan", "break_file", "break_rank"}
+    wrong = {"missing", "greedy", "break_nan", "break_file", "break_rank", "break_padding", "break_vocabulary"}
     assert {outcome.model for outcome in run.failures} == wrong
     rows = [row for row in results(run) if row.model not in wrong]
     assert {row.model for row in rows} == {"small-llama", "tiny-opt"}
@@ -230,6 +242,11 @@ def test_only_what_is_wrong_fails(troubled):
         ("break_nan", "layer 2 values: the weight or its bias holds NaN", []),
         ("break_file", "not a whole safetensors file", []),
         ("break_rank", "layer 0 keys: the weight is rank-deficient", ["lorc-uniform-0.5"]),
+        (
+            "break_vocabulary",
+            "in the texts stdlib, the model's vocabulary has ids below 500: it is not this model's tokenizer",
+            [],
+        ),
     ],
 )
 def test_a_broken_model_says_what_is_wrong_and_keeps_what_can_be_had(troubled, model, message, survivors):
@@ -238,10 +255,40 @@ def test_a_broken_model_says_what_is_wrong_and_keeps_what_can_be_had(troubled, m
     assert [row.variant for row in results(run) if row.model == model and row.variant != "baseline"] == survivors
 
 
+def test_what_no_one_foresaw_is_one_line_that_names_its_log(troubled):
+    _, run = troubled
+    failed = [outcome for outcome in run.failures if outcome.model == "break_padding"]
+    assert {(outcome.name, outcome.variant) for outcome in failed} >= {("evaluate", "baseline")}
+    for outcome in failed:
+        log = run.store.log(outcome.key)
+        assert outcome.error.startswith("AssertionError: Padding_idx must be within num_embeddings")
+        assert outcome.error.endswith(f"(trace in {log})")
+        assert "\n" not in outcome.error
+        assert log.read_text().startswith("Traceback")
+    scores = ds.dataset(run.store.root / "tables" / "scores").to_table().to_pandas()
+    assert set(scores.model) >= {"small-llama", "tiny-opt"}
+
+
 def test_a_missing_model_is_an_outcome(troubled):
     zoo_file, run = troubled
     (error,) = (outcome.error for outcome in run.failures if outcome.model == "missing")
     assert f"model directory {zoo_file.with_name('tiny-otp')} does not exist" in error
+
+
+def test_registrations_without_mlflow_are_outcomes_and_tables_are_written(finished, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    zoo_file, workdir, _ = finished
+    away = zoo_file.with_name("away.yaml")
+    text = zoo_file.read_text().replace("name: tiny\n", "name: away\n")
+    away.write_text(text + "registry: {tracking_uri: 'http://127.0.0.1:1'}\n")
+    run = run_zoo(load_zoo(away), workdir)
+    assert {(outcome.name, outcome.model) for outcome in run.failures} == {
+        ("register", "small-llama"),
+        ("register", "tiny-opt"),
+    }
+    assert all(f"(trace in {run.store.log(outcome.key)})" in outcome.error for outcome in run.failures)
+    assert len(results(run)) == 8
+    assert (workdir / "tables" / "scores" / "away.parquet").is_file()
 
 
 def test_a_request_that_no_node_can_meet_is_refused_before_submission(troubled):
