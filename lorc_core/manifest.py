@@ -2,12 +2,25 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from lorc_core.errors import ArtifactError
 
 MANIFEST_FILE = "manifest.json"
+
+
+class DamagedArtifactError(ArtifactError):
+    """An artifact is not what its manifest says; what made it can make it again.
+
+    Attributes:
+        directory: Of the artifact.
+    """
+
+    def __init__(self, directory: Path, message: str) -> None:
+        super().__init__(message)
+        self.directory = directory
 
 
 def write_manifest(directory: Path) -> None:
@@ -20,22 +33,71 @@ def write_manifest(directory: Path) -> None:
 
 
 def check_manifest(directory: Path, required: Sequence[str] = ()) -> None:
-    """Raise ArtifactError unless the directory is finished and every file, the required ones too, is as written."""
+    """Look at every file of a finished artifact.
+
+    Args:
+        directory: Of the artifact.
+        required: Files that must be among them.
+
+    Raises:
+        ArtifactError: There is no manifest.
+        DamagedArtifactError: A file, or the manifest, is not as it was written.
+    """
+    hashes = read_manifest(directory)
+    for name in (*required, *hashes):
+        check_file(directory, name, hashes)
+
+
+def checked_file(path: Path) -> Path:
+    """The same path, after a look at the file's hash; each file is hashed once in a process, unless it changed since.
+
+    Args:
+        path: Of a file directly within a finished artifact.
+
+    Raises:
+        ArtifactError: There is no manifest beside it.
+        DamagedArtifactError: The file is absent or not as it was written.
+    """
+    if path.is_file():
+        stat = path.stat()
+        check_version(path, stat.st_mtime_ns, stat.st_size)
+    else:
+        check_file(path.parent, path.name, read_manifest(path.parent))
+    return path
+
+
+@cache
+def check_version(path: Path, modified_ns: int, size: int) -> None:
+    """`check_file` of one version of a file; an error is not remembered."""
+    check_file(path.parent, path.name, read_manifest(path.parent))
+
+
+def read_manifest(directory: Path) -> dict[str, str]:
+    """The sha256 of each file, by name."""
     manifest = directory / MANIFEST_FILE
     if not manifest.is_file():
         raise ArtifactError(f"{directory}: no {MANIFEST_FILE}, so there is no finished artifact in it")
     try:
         hashes = dict(json.loads(manifest.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{manifest}: cannot be read ({error})") from error
-    if unlisted := [name for name in required if name not in hashes]:
-        raise ArtifactError(f"{manifest}: does not list {unlisted[0]}")
-    for name, sha256 in hashes.items():
-        path = directory / name
-        if not path.is_file():
-            raise ArtifactError(f"{path}: listed in {MANIFEST_FILE} but absent")
-        if file_sha256(path) != sha256:
-            raise ArtifactError(f"{path}: altered after it was written (its sha256 is not the one in {MANIFEST_FILE})")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DamagedArtifactError(directory, f"{manifest}: cannot be read ({error})") from error
+    for name in hashes:
+        if Path(name).name != name:
+            raise DamagedArtifactError(directory, f"{manifest}: lists {name!r}, which is no file of this directory")
+    return hashes
+
+
+def check_file(directory: Path, name: str, hashes: Mapping[str, str]) -> None:
+    """Raise DamagedArtifactError unless the manifest lists the file and the file is as it was written."""
+    path = directory / name
+    if name not in hashes:
+        raise DamagedArtifactError(directory, f"{directory / MANIFEST_FILE}: does not list {name}")
+    if not path.is_file():
+        raise DamagedArtifactError(directory, f"{path}: listed in {MANIFEST_FILE} but absent")
+    if file_sha256(path) != hashes[name]:
+        raise DamagedArtifactError(
+            directory, f"{path}: altered after it was written (its sha256 is not the one in {MANIFEST_FILE})"
+        )
 
 
 def file_sha256(path: Path) -> str:

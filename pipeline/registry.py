@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorc_core.manifest import write_manifest
+
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
@@ -219,6 +221,7 @@ def log_files(
         shutil.copy(evaluation / "scores.parquet", scratch / "evaluation")
         for text, directory in windows.items():
             shutil.copy(directory / WINDOWS_FILE, scratch / "evaluation" / f"{text}.npy")
+        write_manifest(scratch / "evaluation")
         client.log_artifacts(run_id, str(scratch / "evaluation"), EVALUATION_PATH)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from lorc_core.manifest import checked_file
 from pipeline.steps.failures import logged_failure
 from pipeline.steps.graph import ModelSteps, model_steps
 from pipeline.steps.outcome import Milestone, Outcome, cached_outcomes
@@ -172,7 +173,7 @@ def choose_candidates(run: ZooRun, on_phase: Callable[[str], None]) -> list[Outc
 
 def registration(store: Store, step: Step) -> dict[str, str]:
     """Name, version and run id that a finished register step wrote."""
-    return json.loads((store.path(step) / "registration.json").read_text())
+    return json.loads(checked_file(store.path(step) / "registration.json").read_text())
 
 
 def write_tables(run: ZooRun) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lorc_core.manifest import checked_file
 from lorc_core.variant import load_variant
 from pipeline.gates import fell, losses_of, paired_rise, standard_error
 from pipeline.steps.step import Input, ModelStep, Place, Recipe
@@ -97,7 +98,7 @@ class RegressStep(ModelStep):
         rows = []
         with attach(model, variant):
             for text in self.text_names:
-                windows = np.load(self.evaluation_dir / f"{text}.npy")
+                windows = np.load(checked_file(self.evaluation_dir / f"{text}.npy"))
                 per_window, bytes_per_token = window_losses(model, windows, self.batch_size)
                 rise = paired_rise(losses_of(self.evaluation_dir, text), per_window)
                 registered_bytes = scores[text]["bytes_per_token"]

@@ -1,7 +1,7 @@
 """What steps leave for one another: windows, moments, layers, bases, probes and ranks, written and read back.
 
 Tensors are safetensors, numbers that people look at are tables, and the rest is JSON. An artifact's directory and its
-manifest are made in `steps`.
+manifest are made in `store`; each file is held against it before it is read.
 """
 
 import json
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from lorc_core.decomposition.factors import ENERGIES, Decomposition, LayerDecomposition
 from lorc_core.decomposition.second_moments import LayerMoments
+from lorc_core.manifest import checked_file
 from lorc_core.model.blocks import Partition
 from lorc_core.model.kinds import KINDS, KeysValues, Kind
 from lorc_core.ranks.spectra import KindSpectrum, LayerSpectrum, Probes, RankSchedule
@@ -42,7 +43,7 @@ def save_windows(output: Path, windows: Int[np.ndarray, "windows tokens"]) -> No
 
 def load_windows(directories: Sequence[Path], num_windows: int | None = None) -> Int[np.ndarray, "windows tokens"]:
     """The windows of all texts, or the first so many of each."""
-    return np.concatenate([np.load(directory / WINDOWS_FILE)[:num_windows] for directory in directories])
+    return np.concatenate([np.load(checked_file(directory / WINDOWS_FILE))[:num_windows] for directory in directories])
 
 
 def save_moments(output: Path, layers: Sequence[LayerMoments]) -> None:
@@ -52,7 +53,7 @@ def save_moments(output: Path, layers: Sequence[LayerMoments]) -> None:
 
 def load_moments(calibrated: Sequence[Path], layer_idx: int) -> LayerMoments | None:
     """One layer's moments over all shards; None without any."""
-    shards = (LayerMoments.of_tensors(load_file(path / moments_file(layer_idx))) for path in calibrated)
+    shards = (LayerMoments.of_tensors(load_file(checked_file(path / moments_file(layer_idx)))) for path in calibrated)
     return reduce(operator.add, shards) if calibrated else None
 
 
@@ -84,7 +85,7 @@ def save_layer(output: Path, layer_idx: int, layer: LayerDecomposition) -> None:
 
 def load_layer(directory: Path) -> LayerDecomposition:
     """What `save_layer` wrote."""
-    tensors = load_file(directory / LAYER_FILE)
+    tensors = load_file(checked_file(directory / LAYER_FILE))
     kinds: dict[Kind, Decomposition] = {}
     for row in read_rows(directory, "spectra"):
         kind = row["kind"]
@@ -128,7 +129,7 @@ def save_bases(output: Path, bases: "Bases") -> None:
 
 def load_bases(trained: Path, layer_idx: int) -> KeysValues[torch.Tensor]:
     """Those of one layer."""
-    bases = load_file(trained / BASES_FILE)
+    bases = load_file(checked_file(trained / BASES_FILE))
     return KeysValues(*(bases[f"{layer_idx}.{kind}"] for kind in KINDS))
 
 
@@ -137,7 +138,7 @@ def save_adapters(output: Path, adapters: "AdapterTensors") -> None:
 
 
 def load_adapters(trained: Path) -> "AdapterTensors":
-    return load_file(trained / ADAPTERS_FILE)
+    return load_file(checked_file(trained / ADAPTERS_FILE))
 
 
 def save_probes(output: Path, probes: Probes) -> None:
@@ -145,7 +146,7 @@ def save_probes(output: Path, probes: Probes) -> None:
 
 
 def load_probes(directory: Path) -> Probes:
-    return Probes.from_dict(json.loads((directory / PROBES_FILE).read_text()))
+    return Probes.from_dict(json.loads(checked_file(directory / PROBES_FILE).read_text()))
 
 
 def save_ranks(output: Path, ranks: RankSchedule) -> None:
@@ -167,4 +168,4 @@ def save_ranks(output: Path, ranks: RankSchedule) -> None:
 
 
 def load_ranks(directory: Path) -> RankSchedule:
-    return RankSchedule.from_dict(json.loads((directory / SCHEDULE_FILE).read_text()))
+    return RankSchedule.from_dict(json.loads(checked_file(directory / SCHEDULE_FILE).read_text()))

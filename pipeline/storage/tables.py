@@ -7,6 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lorc_core.manifest import checked_file
+
 SCHEMAS = {
     "spectra": pa.schema(
         [
@@ -96,7 +98,7 @@ def write_table(directory: Path, name: str, rows: Iterable[dict[str, Any]]) -> N
 
 def read_rows(directory: Path, name: str) -> list[dict[str, Any]]:
     """The rows of an artifact's table."""
-    return pq.read_table(directory / f"{name}.parquet", schema=SCHEMAS[name]).to_pylist()
+    return pq.read_table(checked_file(directory / f"{name}.parquet"), schema=SCHEMAS[name]).to_pylist()
 
 
 def collect(path: Path, name: str, parts: Iterable[tuple[dict[str, str], Path]]) -> None:
@@ -109,7 +111,7 @@ def collect(path: Path, name: str, parts: Iterable[tuple[dict[str, str], Path]])
     """
     tables = []
     for labels, directory in parts:
-        table = pq.read_table(directory / f"{name}.parquet", schema=SCHEMAS[name])
+        table = pq.read_table(checked_file(directory / f"{name}.parquet"), schema=SCHEMAS[name])
         for position, (column, value) in enumerate(labels.items()):
             table = table.add_column(position, column, pa.array([value] * len(table), pa.string()))
         tables.append(table)

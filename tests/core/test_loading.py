@@ -1,6 +1,7 @@
 """A base model that is not whole is refused wherever a variant meets it."""
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import lorc_core
@@ -35,4 +36,4 @@ def test_export_refuses_a_base_with_a_missing_tensor_by_name(holed, tmp_path):
 
 def test_calibration_refuses_a_model_with_a_missing_tensor_by_name(holed):
     with pytest.raises(ArtifactError, match=f"tensor {UP} is missing"):
-        lorc_core.compress(holed.parent / "base", "kq_joint", 0.5, calibration=[[1, 2, 3, 4]] * 64)
+        lorc_core.compress(holed.parent / "base", "kq_joint", 0.5, calibration=torch.ones(64, 4, dtype=torch.long))
