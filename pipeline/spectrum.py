@@ -90,7 +90,7 @@ def model_spectra(
         ConfigError: The work directory is not writable.
     """
     store = Store(workdir.resolve())
-    models, failed = plan_steps(zoo, store)
+    models, failed = plan_steps(zoo, store, on_phase)
     compared = [preset_probes(zoo, model) for model in models]
     wanted: list[Step] = [variant.schedule for model in models for variant in model.variants]
     wanted += [step for probes in compared for step in probes.values()]

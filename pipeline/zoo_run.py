@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,11 +35,14 @@ class ZooRun:
         return [outcome for outcome in self.outcomes if outcome.status == "failed"]
 
 
-def plan_steps(zoo: Zoo, store: Store) -> tuple[list[ModelSteps], list[Outcome]]:
+def plan_steps(
+    zoo: Zoo, store: Store, on_phase: Callable[[str], None] = lambda phase: None
+) -> tuple[list[ModelSteps], list[Outcome]]:
     """Every model's steps; a model that cannot be read is an outcome with its error."""
     tracking_uri = default_tracking_uri(zoo, store.root)
     planned, failed = [], []
     for entry in zoo.models:
+        on_phase(f"reading {entry.name}")
         try:
             model = model_steps(zoo, resolve(entry), tracking_uri)
         except Exception as error:  # noqa: BLE001  one model must not cost the others their night
@@ -90,13 +93,14 @@ def run_zoo(
         on_plan: Called once with all steps, done or not, before any runs.
         on_outcome: Called for every outcome as it comes.
         on_progress: Called whenever a long step tells how far it has come.
-        on_phase: Called before what takes a while and is no step, with what it is: "starting Ray".
+        on_phase: Called before what takes a while and is no step, "starting Ray" say; it lasts until the next call of
+            any of these.
 
     Raises:
         ConfigError: The work directory is not writable.
     """
     store = Store(workdir.resolve())
-    models, failed = plan_steps(zoo, store)
+    models, failed = plan_steps(zoo, store, on_phase)
     for outcome in failed:
         on_outcome(outcome)
     outcomes = run_wanted(zoo, store, wanted_steps(models, until), on_plan, on_outcome, on_progress, on_phase)
@@ -189,7 +193,7 @@ def write_tables(run: ZooRun) -> None:
                 "step": outcome.key,
                 "status": outcome.status,
                 "error": outcome.error,
-                "elapsed_s": outcome.elapsed_s,
+                **(asdict(outcome.cost) if outcome.cost else {}),
             }
             for outcome in run.outcomes
         ]

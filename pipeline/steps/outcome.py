@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.steps.step import Step
-from pipeline.storage.store import Store
+from pipeline.storage.store import Cost, Store
 
 Status = Literal["ran", "cached", "failed", "skipped"]
 
@@ -21,7 +21,7 @@ class Outcome:
         variant: Its label; None of a step that variants share.
         status: "skipped" where an input failed.
         error: One line; of a skipped step, that of the input.
-        elapsed_s: None of a step that did not run.
+        cost: Of its artifact, whichever run made it; None where there is none.
     """
 
     key: str
@@ -30,11 +30,21 @@ class Outcome:
     variant: str | None
     status: Status
     error: str | None = None
-    elapsed_s: float | None = None
+    cost: Cost | None = None
 
     @classmethod
-    def of(cls, step: Step, status: Status, error: str | None = None, elapsed_s: float | None = None) -> "Outcome":
-        return cls(step.key, step.name, step.model, step.label, status, error, elapsed_s)
+    def failed(cls, step: Step, error: str) -> "Outcome":
+        return cls(step.key, step.name, step.model, step.label, "failed", error)
+
+    @classmethod
+    def skipped(cls, step: Step, error: str) -> "Outcome":
+        """For what happened to an input of the step."""
+        return cls(step.key, step.name, step.model, step.label, "skipped", error)
+
+    @classmethod
+    def done(cls, step: Step, store: Store, status: Literal["ran", "cached"] = "ran") -> "Outcome":
+        """Of a step whose artifact is in the store."""
+        return cls(step.key, step.name, step.model, step.label, status, cost=store.cost(step))
 
 
 @dataclass(frozen=True)
@@ -49,4 +59,4 @@ class Milestone:
 
 def cached_outcomes(steps: Sequence[Step], store: Store) -> dict[str, Outcome]:
     """Outcomes by key of the steps whose artifacts are finished."""
-    return {step.key: Outcome.of(step, "cached", elapsed_s=0.0) for step in steps if store.is_done(step)}
+    return {step.key: Outcome.done(step, store, "cached") for step in steps if store.is_done(step)}

@@ -183,9 +183,9 @@ def skip_broken(batch: Batch, outcomes: dict[str, Outcome], record: Record) -> l
     """Record the steps whose inputs failed as skipped, naming the cause; return the others."""
     runnable = []
     for step in batch.steps:
-        broken = [needed for needed in step.input_steps() if outcomes[needed.key].error is not None]
+        broken = [error for needed in step.input_steps() if (error := outcomes[needed.key].error) is not None]
         if broken:
-            record(Outcome.of(step, "skipped", outcomes[broken[0].key].error))
+            record(Outcome.skipped(step, broken[0]))
         else:
             runnable.append(step)
     return runnable
@@ -193,7 +193,7 @@ def skip_broken(batch: Batch, outcomes: dict[str, Outcome], record: Record) -> l
 
 def fail(steps: Sequence[Step], error: str, record: Record) -> None:
     for step in steps:
-        record(Outcome.of(step, "failed", error))
+        record(Outcome.failed(step, error))
 
 
 def what_lacks(need: Need) -> str | None:
@@ -225,8 +225,8 @@ def receive(running: dict[Any, list[Step]], outcomes: dict[str, Outcome], record
             # A retried task's stream starts where the lost one's was read to, so its outcomes may be past the end.
             for step in running.pop(stream):
                 if step.key not in outcomes:
-                    error = None if store.is_done(step) else "its worker was lost and the retry told nothing of it"
-                    record(Outcome.of(step, "ran" if error is None else "failed", error))
+                    untold = Outcome.failed(step, "its worker was lost and the retry told nothing of it")
+                    record(Outcome.done(step, store) if store.is_done(step) else untold)
         except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
             lost = [step for step in running.pop(stream) if step.key not in outcomes]
             reason = f"its worker was lost {LOST_WORKER_RETRIES + 1} times: {str(error).splitlines()[0]}"

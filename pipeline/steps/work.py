@@ -1,7 +1,6 @@
 """Steps at work, in a Ray worker or in the driver: each writes a scratch directory that becomes its artifact."""
 
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -26,7 +25,7 @@ def run_group(steps: Sequence[Step], store: Store) -> Iterator[Outcome | Milesto
             model = opened.enter_context(shared_model(steps[0]))
         except Exception as error:  # noqa: BLE001
             for step in steps:
-                yield Outcome.of(step, "failed", logged_failure(error, store.log(step.key)))
+                yield Outcome.failed(step, logged_failure(error, store.log(step.key)))
             return
         for step in steps:
             yield from run_step(step, store, model)
@@ -43,20 +42,19 @@ def shared_model(step: Step) -> "AbstractContextManager[PreTrainedModel | None]"
 
 def run_step(step: Step, store: Store, model: "PreTrainedModel | None") -> Iterator[Outcome | Milestone]:
     if store.is_done(step):  # by an earlier attempt whose worker was lost
-        yield Outcome.of(step, "ran", elapsed_s=0.0)
+        yield Outcome.done(step, store)
         return
-    started, error = time.perf_counter(), None
     try:
         with store.writing(store.path(step)) as scratch:
             for done, total in started_step(step, scratch, store, model) or ():
                 yield Milestone(step.key, f"{step.name} {step.model}", done, total)
     except Exception as failure:  # noqa: BLE001  see `run_group`
-        error = logged_failure(failure, store.log(step.key))
-    else:
-        store.log(step.key).unlink(missing_ok=True)  # of an earlier attempt
-        if (resume_dir := step.resume_dir(store)) is not None:
-            shutil.rmtree(resume_dir, ignore_errors=True)
-    yield Outcome.of(step, "failed" if error else "ran", error, time.perf_counter() - started)
+        yield Outcome.failed(step, logged_failure(failure, store.log(step.key)))
+        return
+    store.log(step.key).unlink(missing_ok=True)  # of an earlier attempt
+    if (resume_dir := step.resume_dir(store)) is not None:
+        shutil.rmtree(resume_dir, ignore_errors=True)
+    yield Outcome.done(step, store)
 
 
 def started_step(step: Step, output: Path, store: Store, model: "PreTrainedModel | None") -> Progress | None:

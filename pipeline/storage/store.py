@@ -1,10 +1,13 @@
 """Finished artifacts under one work directory, each with its manifest."""
 
+import json
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
@@ -12,12 +15,22 @@ from uuid import uuid4
 from lorc_core.errors import ConfigError
 from lorc_core.manifest import MANIFEST_FILE, write_manifest
 
+COST_FILE = "cost.json"
+
 
 class Keyed(Protocol):
     """Whatever has a place of its own in the store: a step."""
 
     @property
     def key(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an artifact took to make, kept with it, so that a run that finds it done can tell."""
+
+    elapsed_s: float
+    host: str
 
 
 @dataclass(frozen=True)
@@ -47,17 +60,25 @@ class Store:
     def is_done(self, step: Keyed) -> bool:
         return (self.path(step) / MANIFEST_FILE).is_file()
 
+    def cost(self, step: Keyed) -> Cost | None:
+        """Of a finished artifact; None of one that was made before costs were kept."""
+        file = self.path(step) / COST_FILE
+        return Cost(**json.loads(file.read_text())) if file.is_file() else None
+
     def log(self, key: str) -> Path:
         """Where the trace of a step that failed goes, or of what there was to do before steps."""
         return self.root / "logs" / f"{key}.log"
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[Path]:
-        """A scratch directory that becomes `path`, whole and with its manifest, if the block does not raise."""
+        """A scratch directory that becomes `path`, whole, with its cost and manifest, if the block does not raise."""
         scratch = path.parent / f".{path.name}-{uuid4().hex}"
         scratch.mkdir()
+        started = time.perf_counter()
         try:
             yield scratch
+            cost = Cost(time.perf_counter() - started, socket.gethostname())
+            (scratch / COST_FILE).write_text(json.dumps(asdict(cost)))
             write_manifest(scratch)
             if not (path / MANIFEST_FILE).is_file():  # else another worker was faster: what is finished stays
                 shutil.rmtree(path, ignore_errors=True)

@@ -81,6 +81,7 @@ SCHEMAS = {
             ("status", pa.string()),
             ("error", pa.string()),
             ("elapsed_s", pa.float64()),
+            ("host", pa.string()),
         ]
     ),
 }

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, fields, is_dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lorc_core.errors import ConfigError, NumericsError
+from lorc_core.manifest import check_manifest
 from lorc_core.methods import Axes
 from lorc_core.model.kinds import KeysValues
 from lorc_core.ranks.schedules import Sensitivity
@@ -170,7 +172,20 @@ def test_an_artifact_appears_whole_with_its_manifest(tmp_path):
         assert not store.is_done(step())
     assert store.is_done(step())
     assert list(cached_outcomes([step(), step(9)], store)) == [step().key]
-    assert sorted(path.name for path in store.path(step()).iterdir()) == ["a.txt", "manifest.json"]
+    assert sorted(path.name for path in store.path(step()).iterdir()) == ["a.txt", "cost.json", "manifest.json"]
+
+
+def test_the_cost_of_an_artifact_is_kept_with_it(tmp_path):
+    """A run that finds it done tells what it took to make, and not 0.0 seconds."""
+    store = Store(tmp_path)
+    assert store.cost(step()) is None
+    (ran,) = run_group([step()], store)
+    assert ran.cost.elapsed_s > 0
+    assert ran.cost.host == socket.gethostname()
+    assert cached_outcomes([step()], store)[step().key].cost == ran.cost
+    (again,) = run_group([step()], store)  # as a retry, after its worker was lost
+    assert (again.status, again.cost) == ("ran", ran.cost)
+    check_manifest(store.path(step()), required=["cost.json"])
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):

@@ -92,11 +92,30 @@ def test_tables_open_in_one_query(finished):
     assert errors.error.isna().all()  # nothing was calibrated
     outcomes = ds.dataset(workdir / "tables" / "outcomes").to_table().to_pandas()
     assert outcomes.status.eq("ran").all()
+    assert outcomes.elapsed_s.gt(0).all()
+    of_variants = outcomes[outcomes.step.str.match("schedule|variant|projection_errors|register")]
+    labels = {"lorc-uniform-0.9", "lorc-uniform-0.1", "lorc-progressive-0.75"}
+    assert set(of_variants.variant) == labels
+    assert set(outcomes[outcomes.step.str.startswith("evaluate")].variant) == labels | {"baseline"}
+    assert outcomes[outcomes.step.str.match("decompose|windows")].variant.isna().all()
 
 
 def test_a_second_run_runs_nothing(finished):
     zoo_file, workdir, _ = finished
     assert {status for _, status in statuses(run_zoo(load_zoo(zoo_file), workdir))} == {"cached"}
+
+
+def test_a_partial_run_keeps_what_the_rest_had_cost(finished):
+    zoo_file, workdir, run = finished
+    before = {outcome.key: outcome.cost for outcome in run.outcomes}
+    redone = run.models[0].variants[0].projection_errors
+    (run.store.path(redone) / "manifest.json").unlink()
+    run_zoo(load_zoo(zoo_file), workdir)
+    outcomes = ds.dataset(workdir / "tables" / "outcomes" / "tiny.parquet").to_table().to_pylist()
+    assert [row["step"] for row in outcomes if row["status"] == "ran"] == [redone.key]
+    assert {row["step"]: row["elapsed_s"] for row in outcomes if row["status"] == "cached"} == {
+        key: cost.elapsed_s for key, cost in before.items() if key != redone.key
+    }
 
 
 def test_a_lost_candidate_is_chosen_again(finished):
@@ -145,8 +164,10 @@ def test_windows_longer_than_the_model_are_refused(tmp_path):
 def test_an_address_without_a_cluster_is_a_wrong_request(tmp_path):
     zoo_file = write_zoo(tmp_path, kept="0.5")
     zoo_file.write_text(zoo_file.read_text() + "cluster: {address: '127.0.0.1:1'}\n")
+    phases = []
     with pytest.raises(ConfigError, match=r"no Ray cluster at 127\.0\.0\.1:1"):
-        run_zoo(load_zoo(zoo_file), tmp_path / "work")
+        run_zoo(load_zoo(zoo_file), tmp_path / "work", on_phase=phases.append)
+    assert phases == ["reading small-llama", "reading tiny-opt"]  # what takes a while and is no step is told
 
 
 def test_a_process_that_is_connected_stays_so_and_asks_no_other_cluster(finished, ray_cluster):
