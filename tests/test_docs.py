@@ -226,7 +226,8 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", having(lambda page: page.name not in ABOUT_OTHER_CODE))
 def test_names_in_code_font_are_in_the_code(page):
-    code = set(re.findall(r"\w+", " ".join(path.read_text() for path in SOURCES)))
+    tests = [path for path in (REPOSITORY / "tests").rglob("*.py") if path != Path(__file__)]
+    code = set(re.findall(r"\w+", " ".join(path.read_text() for path in [*SOURCES, *tests])))
     code |= set(
         re.findall(r"[\w-]+", "".join((REPOSITORY / name).read_text() for name in ("Makefile", "pyproject.toml")))
     )
