@@ -17,7 +17,7 @@ from lorc_core.loading import variant_and_base
 from lorc_core.standalone.plain_model import MODELS
 from lorc_core.standalone.settings import PREFIX
 from lorc_core.variant import CONFIG_FILE
-from pipeline.tracking import default_tracking_uri
+from pipeline.registry.tracking import default_tracking_uri
 
 
 def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: Path) -> int:
@@ -91,7 +91,7 @@ def find_variant(reference: str, workdir: Path, scratch: Path) -> tuple[Path, st
         raise ConfigError(f"variant directory {reference} does not exist")
     if Path(reference).is_dir():
         raise ConfigError(f"{reference}: a directory without {CONFIG_FILE} is no variant")
-    from pipeline.registry import CHAMPION, connect, fetch_files, find_version, read_version
+    from pipeline.registry.versions import CHAMPION, connect, fetch_files, find_version, read_version
 
     client = connect(default_tracking_uri(None, workdir.resolve()))
     registered = read_version(client, find_version(client, reference, CHAMPION))

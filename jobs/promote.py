@@ -7,8 +7,8 @@ import typer
 
 from jobs.command import run_command
 from jobs.screen import console
-from pipeline.registry import promote
-from pipeline.tracking import default_tracking_uri
+from pipeline.registry.promotion import promote
+from pipeline.registry.tracking import default_tracking_uri
 from pipeline.zoo.file import load_zoo
 from pipeline.zoo.schema import Zoo
 

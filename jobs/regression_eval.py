@@ -9,8 +9,8 @@ from rich.table import Table
 
 from jobs.command import run_command
 from jobs.screen import StepProgress, console
+from pipeline.registry.tracking import default_tracking_uri
 from pipeline.regression import Verdict, label, regress
-from pipeline.tracking import default_tracking_uri
 
 
 def regress_champions(names: list[str], address: str | None, workdir: Path) -> int:

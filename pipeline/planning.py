@@ -12,11 +12,11 @@ from lorc_core.model.kinds import KINDS
 from lorc_core.ranks.schedules import Uniform
 from lorc_core.ranks.spectra import KindSpectrum, LayerSpectrum
 from pipeline.evaluation import DTYPES, device_plan
+from pipeline.registry.tracking import default_tracking_uri
 from pipeline.steps.failures import logged_failure
 from pipeline.steps.graph import model_steps
 from pipeline.steps.step import distinct
 from pipeline.storage.store import Store
-from pipeline.tracking import default_tracking_uri
 from pipeline.zoo.limits import GIB
 from pipeline.zoo.models import config_for_planning, resolve
 from pipeline.zoo.schema import Zoo

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from lorc_core.loading import variant_and_base
-from pipeline.registry import champions, connect, fetch_files, read_version
+from pipeline.registry.versions import champions, connect, fetch_files, read_version
 from pipeline.steps.failures import logged_failure
 from pipeline.steps.outcome import Outcome
 from pipeline.steps.runner import run_steps

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.candidates import registration
 from pipeline.gates import text_rise
 from pipeline.storage.tables import read_rows
-from pipeline.zoo_run import ZooRun, registration
+from pipeline.zoo_run import ZooRun
 
 
 @dataclass(frozen=True)

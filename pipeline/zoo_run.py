@@ -1,19 +1,18 @@
 """Run a zoo: resolve its models, run their steps, choose candidates, join the tables."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lorc_core.manifest import checked_file
-from pipeline.steps.failures import logged_failure
+from pipeline.candidates import choose_candidates
+from pipeline.registry.tracking import default_tracking_uri
+from pipeline.steps.failures import model_failure
 from pipeline.steps.graph import ModelSteps, model_steps
 from pipeline.steps.outcome import Milestone, Outcome, cached_outcomes
 from pipeline.steps.step import Step, distinct
 from pipeline.storage.store import Store
 from pipeline.storage.tables import collect, replace_table, rows_table
-from pipeline.tracking import default_tracking_uri
 from pipeline.zoo.models import resolve
 from pipeline.zoo.schema import Zoo
 
@@ -46,18 +45,12 @@ def plan_steps(
         try:
             model = model_steps(zoo, resolve(entry), tracking_uri)
         except Exception as error:  # noqa: BLE001  one model must not cost the others their night
-            failed.append(failure("resolve", entry.name, error, store))
+            failed.append(model_failure("resolve", entry.name, error, store))
             continue
         planned.append(model)
         for label, reason in model.refused:
             failed.append(Outcome(f"variant-{entry.name}-{label}", "variant", entry.name, label, "failed", reason))
     return planned, failed
-
-
-def failure(name: str, model: str, error: Exception, store: Store) -> Outcome:
-    """Of something that is done for each model but is no step."""
-    key = f"{name}-{model}"
-    return Outcome(key, name, model, None, "failed", logged_failure(error, store.log(key)))
 
 
 def wanted_steps(models: Sequence[ModelSteps], until: Until) -> list[Step]:
@@ -106,7 +99,7 @@ def run_zoo(
     outcomes = run_wanted(zoo, store, wanted_steps(models, until), on_plan, on_outcome, on_progress, on_phase)
     run = ZooRun(zoo, store, tuple(models), (*failed, *outcomes))
     if until == "register":
-        failed = choose_candidates(run, on_phase)
+        failed = choose_candidates(zoo, store, models, on_phase)
         for outcome in failed:
             on_outcome(outcome)
         run = replace(run, outcomes=(*run.outcomes, *failed))
@@ -137,47 +130,6 @@ def run_wanted(
 
         outcomes += run_steps(left, done, store, zoo.cluster.address, on_outcome, on_progress, on_phase)
     return outcomes
-
-
-def choose_candidates(run: ZooRun, on_phase: Callable[[str], None]) -> list[Outcome]:
-    """Move each model's alias `candidate` to the best of the variants that this zoo file asks for.
-
-    What was chosen from is noted in the store, so that a run that changes nothing need not ask MLflow.
-
-    Returns:
-        The failures.
-    """
-    note = run.store.root / "candidates" / f"{run.zoo.name}.json"
-    choices = {
-        model.model.entry.name: [
-            registration(run.store, variant.register)
-            for variant in model.variants
-            if run.store.is_done(variant.register)
-        ]
-        for model in run.models
-    }
-    if note.is_file() and json.loads(note.read_text()) == choices:
-        return []
-    on_phase("choosing candidates")
-    from pipeline.registry import choose_candidate
-
-    tracking_uri = default_tracking_uri(run.zoo, run.store.root)
-    failed = []
-    for name, registrations in choices.items():
-        try:
-            if registrations:
-                choose_candidate(tracking_uri, name, [registered["version"] for registered in registrations])
-        except Exception as error:  # noqa: BLE001  MLflow may be away; the tables are still written
-            failed.append(failure("candidate", name, error, run.store))
-    if not failed:
-        note.parent.mkdir(exist_ok=True)
-        note.write_text(json.dumps(choices))
-    return failed
-
-
-def registration(store: Store, step: Step) -> dict[str, str]:
-    """Name, version and run id that a finished register step wrote."""
-    return json.loads(checked_file(store.path(step) / "registration.json").read_text())
 
 
 def write_tables(run: ZooRun) -> None:

@@ -6,8 +6,16 @@ from pathlib import Path
 import torch
 
 from lorc_core.errors import LorcError
+from pipeline.steps.outcome import Outcome
+from pipeline.storage.store import Store
 
 LONGEST = 300  # characters of an error that is not ours; some libraries tell everything in one line
+
+
+def model_failure(name: str, model: str, error: Exception, store: Store) -> Outcome:
+    """Of something that is done for each model but is no step."""
+    key = f"{name}-{model}"
+    return Outcome(key, name, model, None, "failed", logged_failure(error, store.log(key)))
 
 
 def logged_failure(error: Exception, log: Path) -> str:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.registry.tracking import artifact_root
 from pipeline.steps.scores import EvaluateStep
 from pipeline.steps.step import FileStep, Input, Need, Place, Recipe
 from pipeline.steps.texts import WindowsStep
 from pipeline.steps.variants import VariantStep
 from pipeline.storage.store import Store
-from pipeline.tracking import artifact_root
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class RegisterStep(FileStep):
     windows: Input[tuple[WindowsStep, ...]]
 
     def run(self, output: Path, store: Store) -> None:
-        from pipeline.registry import register_variant
+        from pipeline.registry.registration import register_variant
 
         version = register_variant(
             tracking_uri=self.tracking_uri,

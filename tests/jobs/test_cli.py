@@ -16,7 +16,7 @@ from jobs.cli import main
 from lorc_core.compression import compress
 from lorc_core.manifest import write_manifest
 from lorc_core.methods import METHODS
-from pipeline.registry import VARIANT_PATH, connect, find_version
+from pipeline.registry.versions import VARIANT_PATH, connect, find_version
 from tests.models import save_tiny_model, tiny_model
 from tests.paths import REPOSITORY
 from tests.zoos import write_calibrated_zoo, write_zoo

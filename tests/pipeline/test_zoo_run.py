@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import lorc_core
 from lorc_core.errors import ConfigError
-from pipeline.registry import connect
+from pipeline.registry.versions import connect
 from pipeline.results import results
 from pipeline.steps.runner import cluster, what_lacks
 from pipeline.steps.step import Need

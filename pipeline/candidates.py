@@ -1,0 +1,77 @@
+"""Each model's candidate: chosen after a run among the variants that its zoo file asks for, and noted in the store."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorc_core.manifest import checked_file
+from pipeline.registry.tracking import default_tracking_uri
+from pipeline.steps.failures import model_failure
+from pipeline.steps.graph import ModelSteps
+from pipeline.steps.outcome import Outcome
+from pipeline.steps.step import Step
+from pipeline.storage.store import Store
+from pipeline.zoo.schema import Zoo
+
+
+def choose_candidates(
+    zoo: Zoo, store: Store, models: Sequence[ModelSteps], on_phase: Callable[[str], None]
+) -> list[Outcome]:
+    """Move each model's alias `candidate` to the best variant that passes the gates, or remove it.
+
+    What was chosen, and from what, is noted, so that a run that changes nothing need not ask MLflow.
+
+    Returns:
+        The failures.
+    """
+    choices = {
+        model.model.entry.name: [
+            registration(store, variant.register)["version"]
+            for variant in model.variants
+            if store.is_done(variant.register)
+        ]
+        for model in models
+    }
+    tracking_uri = default_tracking_uri(zoo, store.root)
+    gates = zoo.gates.model_dump(mode="json") if zoo.gates else None
+    recipe = {"choices": choices, "gates": gates, "tracking_uri": tracking_uri}
+    if read_note(zoo, store).get("recipe") == recipe:
+        return []
+    on_phase("choosing candidates")
+    from pipeline.registry.promotion import choose_candidate
+
+    chosen: dict[str, str | None] = {}
+    failed = []
+    for name, versions in choices.items():
+        try:
+            if versions:
+                chosen[name] = choose_candidate(tracking_uri, name, versions, zoo.gates)
+        except Exception as error:  # noqa: BLE001  MLflow may be away; the tables are still written
+            failed.append(model_failure("candidate", name, error, store))
+    note_path(zoo, store).parent.mkdir(exist_ok=True)
+    note_path(zoo, store).write_text(json.dumps({"recipe": None if failed else recipe, "chosen": chosen}))
+    return failed
+
+
+def candidates(zoo: Zoo, store: Store) -> dict[str, str | None]:
+    """The version that was made each model's candidate when its last run ended, None where no version was.
+
+    Models that this zoo registered nothing of are absent.
+    """
+    return read_note(zoo, store).get("chosen", {})
+
+
+def registration(store: Store, step: Step) -> dict[str, str]:
+    """Name, version and run id that a finished register step wrote."""
+    return json.loads(checked_file(store.path(step) / "registration.json").read_text())
+
+
+def read_note(zoo: Zoo, store: Store) -> dict[str, Any]:
+    """What was noted last; empty before the first choice."""
+    path = note_path(zoo, store)
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def note_path(zoo: Zoo, store: Store) -> Path:
+    return store.root / "candidates" / f"{zoo.name}.json"

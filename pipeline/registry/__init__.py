@@ -1,0 +1,10 @@
+"""The model registry, all that knows MLflow: what is registered, which version is candidate and which champion.
+
+What is measured before is in `steps`; how scores are compared in `gates`.
+"""
+
+import os
+
+# Read by MLflow when it is imported, which the modules below do after this.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
