@@ -111,7 +111,7 @@ def preset_probes(zoo: Zoo, model: ModelSteps) -> dict[str, ProbeStep]:
         if method.training is None:
             assert calibrated is not None
             layers = decompose_steps(model.model, method, calibrated)
-            probes[name] = probe_step(model.model, "errors", layers, calibrated)
+            probes[name] = probe_step(model.model, "attention_errors", layers, calibrated)
     return probes
 
 
@@ -185,6 +185,6 @@ def layer_choices(
     floats = kept_fraction * len(KINDS) * model.model.architecture.kv_width
     choices = []
     for layer_idx in range(model.model.architecture.num_layers if levels else 0):
-        errors = {name: error_at(found.errors[layer_idx], floats) for name, found in levels.items()}
+        errors = {name: error_at(found.attention_errors[layer_idx], floats) for name, found in levels.items()}
         choices.append(LayerChoice(layer_idx, tuple(sorted(errors.items(), key=lambda pair: pair[1]))))
     return tuple(choices)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lorc_core.attention.attach import Attachment
 from lorc_core.decomposition.factors import LayerDecomposition, layer_spectrum, slice_layer
-from lorc_core.measurement.probes import Batches, mean_loss
+from lorc_core.measurement.losses import Batches, mean_loss
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.kinds import KINDS
 from lorc_core.ranks.schedules import Sensitivity, climbed_ranks

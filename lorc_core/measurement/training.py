@@ -22,7 +22,7 @@ from lorc_core.attention.attach import Attachment
 from lorc_core.decomposition.factors import UNTOUCHED, Decomposition, Factors, LayerDecomposition, layer_spectrum
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.measurement.lora import Adapters, injected_adapters
-from lorc_core.measurement.probes import only_gradients_of
+from lorc_core.measurement.losses import only_gradients_of
 from lorc_core.methods import Method, Reader, Training
 from lorc_core.model.architecture import Architecture, architecture_of
 from lorc_core.model.kinds import KeysValues, by_layer, layer_kinds

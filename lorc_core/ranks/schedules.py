@@ -21,7 +21,7 @@ from lorc_core.ranks.spectra import Energies, KindSpectrum, LayerRanks, LayerSpe
 from lorc_core.ranks.staircase import Climb, Staircase
 from lorc_core.reprs import configuration_repr
 
-Probe = Literal["fisher", "errors", "curves"]
+Probe = Literal["fisher", "attention_errors", "curves"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -221,13 +221,13 @@ class ErrorBudget(Schedule):
     """
 
     name: str = field(default="error_budget", init=False)
-    probe: ClassVar[Probe | None] = "errors"
+    probe: ClassVar[Probe | None] = "attention_errors"
 
     def epsilon(self, share: float, probes: Probes) -> float:
-        return (1 - share) * max(level.error for levels in probes.errors for level in levels)
+        return (1 - share) * max(level.error for levels in probes.attention_errors for level in levels)
 
     def climb(self, spectra: Sequence[LayerSpectrum], stairs: Sequence[Staircase], probes: Probes) -> Climb:
-        ramps = [error_ramp(levels, spectra[0].kv_width) for levels in probes.errors]
+        ramps = [error_ramp(levels, spectra[0].kv_width) for levels in probes.attention_errors]
 
         def climbed(share: float) -> list[int]:
             epsilon = self.epsilon(share, probes)

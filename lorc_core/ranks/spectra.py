@@ -95,12 +95,12 @@ class Probes:
 
     Attributes:
         fisher: Per layer and kind, for each channel, the mean over inputs of sqrt(E[(dL/dW)^2]).
-        errors: Per layer, levels of falling energy with the attention output's relative error at each.
+        attention_errors: Per layer, levels of falling energy with the attention output's relative error at each.
         curves: Per layer and kind, the rise of the loss (nats per token) with that layer and kind alone compressed.
     """
 
     fisher: tuple[KeysValues[tuple[float, ...]], ...] = field(default=(), repr=False)
-    errors: tuple[tuple["ErrorLevel", ...], ...] = field(default=(), repr=False)
+    attention_errors: tuple[tuple["ErrorLevel", ...], ...] = field(default=(), repr=False)
     curves: tuple[KeysValues[tuple["CurvePoint", ...]], ...] = field(default=(), repr=False)
 
     @classmethod
@@ -108,7 +108,9 @@ class Probes:
         """The inverse of `dataclasses.asdict`."""
         return cls(
             fisher=tuple(KeysValues(*(tuple(layer[kind]) for kind in KINDS)) for layer in saved["fisher"]),
-            errors=tuple(tuple(ErrorLevel(**level) for level in layer) for layer in saved["errors"]),
+            attention_errors=tuple(
+                tuple(ErrorLevel(**level) for level in layer) for layer in saved["attention_errors"]
+            ),
             curves=tuple(
                 KeysValues(*(tuple(CurvePoint(**point) for point in layer[kind]) for kind in KINDS))
                 for layer in saved["curves"]
@@ -119,7 +121,7 @@ class Probes:
         """Raise NumericsError where a measurement is NaN or infinite, naming the layer."""
         measured = {
             f"layer {idx}: the attention error": [level.error for level in levels]
-            for idx, levels in enumerate(self.errors)
+            for idx, levels in enumerate(self.attention_errors)
         }
         for kind in KINDS:
             for idx, channels in enumerate(self.fisher):

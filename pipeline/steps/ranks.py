@@ -35,7 +35,7 @@ class ProbeStep(ModelStep):
     """What one schedule measures on calibration text beside the spectra."""
 
     name = "probe"
-    revision = 1
+    revision = 2
 
     kind: Recipe[Probe]
     batch_size: Recipe[int]

@@ -10,8 +10,11 @@ import torch
 import lorc_core
 from lorc_core.compression import LoadedWeights, decompose_layer
 from lorc_core.errors import NumericsError
+from lorc_core.measurement.attention_errors import attention_errors
 from lorc_core.measurement.calibration import calibrate
-from lorc_core.measurement.probes import attention_errors, fisher_information, loss_curves, mean_loss
+from lorc_core.measurement.fisher import fisher_information
+from lorc_core.measurement.loss_curves import loss_curves
+from lorc_core.measurement.losses import mean_loss
 from lorc_core.methods import METHODS
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.kinds import KINDS

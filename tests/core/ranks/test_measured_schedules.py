@@ -132,7 +132,7 @@ def test_error_budget_takes_the_least_ranks_under_the_epsilon_that_it_notes():
     ]
     errors = tuple(tuple(ErrorLevel(one, one, curve(one / WIDTH)) for one in range(WIDTH, 0, -1)) for curve in curves)
     for kept in (0.3, 0.5, 0.8):
-        found = ErrorBudget().ranks(flat_layers(*[joint(WIDTH)] * 6), kept, Probes(errors=errors))
+        found = ErrorBudget().ranks(flat_layers(*[joint(WIDTH)] * 6), kept, Probes(attention_errors=errors))
         epsilon = float(re.fullmatch(r"epsilon (\S+)", found.note)[1])
         for curve, layer in zip(curves, found.layers, strict=True):
             least = next(one for one in range(1, WIDTH + 1) if curve(one / WIDTH) <= epsilon)
@@ -280,12 +280,12 @@ def test_stairs_of_a_skipped_layer_have_one_step():
 NAN = float("nan")
 LAYER = {
     "fisher": KeysValues.of(lambda kind: (1.0,) * WIDTH),
-    "errors": (ErrorLevel(WIDTH, WIDTH, 0.0), ErrorLevel(8, 8, 0.5)),
+    "attention_errors": (ErrorLevel(WIDTH, WIDTH, 0.0), ErrorLevel(8, 8, 0.5)),
     "curves": KeysValues.of(lambda kind: (CurvePoint(WIDTH, 0.0), CurvePoint(8, 0.5))),
 }
 BROKEN = {
     "fisher": KeysValues((1.0,) * WIDTH, (NAN, *(1.0,) * (WIDTH - 1))),
-    "errors": (ErrorLevel(WIDTH, WIDTH, 0.0), ErrorLevel(8, 8, NAN)),
+    "attention_errors": (ErrorLevel(WIDTH, WIDTH, 0.0), ErrorLevel(8, 8, NAN)),
     "curves": KeysValues(LAYER["curves"].keys, (CurvePoint(WIDTH, 0.0), CurvePoint(8, math.inf))),
 }
 
