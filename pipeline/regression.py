@@ -19,6 +19,7 @@ from pipeline.steps.outcome import Outcome
 from pipeline.steps.runner import run_steps
 from pipeline.steps.scores import RegressStep
 from pipeline.steps.step import ModelLoad, Need, Step
+from pipeline.storage.lease import held_store
 from pipeline.storage.store import Store
 from pipeline.storage.tables import collect, read_rows
 from pipeline.zoo.sections import Resources
@@ -66,29 +67,31 @@ def regress(
         on_phase: Called before what takes a while and is no step.
 
     Raises:
-        ConfigError: There is no champion to evaluate.
+        ConfigError: There is no champion to evaluate, or another run is using the work directory.
     """
     client = connect(tracking_uri)
-    store = Store(workdir.resolve())
-    started_at = datetime.now(UTC).isoformat()  # to the microsecond: two within a second are two
-    versions = champions(client, names)
-    with fetched_files(store.root) as directory:
-        steps, errors = regress_steps(client, versions, started_at, directory, store)
-        on_plan(list(steps.values()))
-        outcomes = run_steps(list(steps.values()), {}, store, address, on_outcome, on_phase=on_phase) if steps else []
-    errors |= {outcome.model: outcome.error for outcome in outcomes if outcome.error is not None}
-    verdicts = []
-    for version in versions:
-        reason = errors.get(label(version))
-        rows = () if reason else tuple(read_rows(store.path(steps[label(version)]), "regressions"))
-        verdicts.append(Verdict(version, rows, reason))
-        client.set_model_version_tag(
-            version.name, version.version, VERDICT_TAG, f"{verdicts[-1].summary} at {started_at}"
-        )
-    done = [store.path(step) for step in steps.values() if store.is_done(step)]
-    table = store.root / "tables" / "regressions" / f"{started_at.replace(':', '')}.parquet"
-    collect(table, "regressions", [({}, path) for path in done])
-    return verdicts
+    with held_store(workdir) as store:
+        started_at = datetime.now(UTC).isoformat()  # to the microsecond: two within a second are two
+        versions = champions(client, names)
+        with fetched_files(store.root) as directory:
+            steps, errors = regress_steps(client, versions, started_at, directory, store)
+            on_plan(list(steps.values()))
+            outcomes = (
+                run_steps(list(steps.values()), {}, store, address, on_outcome, on_phase=on_phase) if steps else []
+            )
+        errors |= {outcome.model: outcome.error for outcome in outcomes if outcome.error is not None}
+        verdicts = []
+        for version in versions:
+            reason = errors.get(label(version))
+            rows = () if reason else tuple(read_rows(store.path(steps[label(version)]), "regressions"))
+            verdicts.append(Verdict(version, rows, reason))
+            client.set_model_version_tag(
+                version.name, version.version, VERDICT_TAG, f"{verdicts[-1].summary} at {started_at}"
+            )
+        done = [store.path(step) for step in steps.values() if store.is_done(step)]
+        table = store.root / "tables" / "regressions" / f"{started_at.replace(':', '')}.parquet"
+        collect(table, "regressions", [({}, path) for path in done])
+        return verdicts
 
 
 def regress_steps(

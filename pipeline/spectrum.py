@@ -20,6 +20,7 @@ from pipeline.steps.outcome import Milestone, Outcome
 from pipeline.steps.ranks import ProbeStep
 from pipeline.steps.step import Step
 from pipeline.storage.artifacts import load_moments, load_probes, load_ranks, load_spectra
+from pipeline.storage.lease import held_store
 from pipeline.storage.store import Store
 from pipeline.zoo.schema import Zoo
 from pipeline.zoo_run import plan_steps, run_wanted
@@ -87,16 +88,16 @@ def model_spectra(
         One for each model, of the steps that finished, and the failed outcomes.
 
     Raises:
-        ConfigError: The work directory is not writable.
+        ConfigError: The work directory is not writable, or another run is using it.
     """
-    store = Store(workdir.resolve())
-    models, failed = plan_steps(zoo, store, on_phase)
-    compared = [preset_probes(zoo, model) for model in models]
-    wanted: list[Step] = [variant.schedule for model in models for variant in model.variants]
-    wanted += [step for probes in compared for step in probes.values()]
-    outcomes = [*failed, *run_wanted(zoo, store, wanted, on_plan, on_outcome, on_progress, on_phase)]
-    found = [model_spectrum(zoo, model, probes, store) for model, probes in zip(models, compared, strict=True)]
-    return found, [outcome for outcome in outcomes if outcome.status == "failed"]
+    with held_store(workdir) as store:
+        models, failed = plan_steps(zoo, store, on_phase)
+        compared = [preset_probes(zoo, model) for model in models]
+        wanted: list[Step] = [variant.schedule for model in models for variant in model.variants]
+        wanted += [step for probes in compared for step in probes.values()]
+        outcomes = [*failed, *run_wanted(zoo, store, wanted, on_plan, on_outcome, on_progress, on_phase)]
+        found = [model_spectrum(zoo, model, probes, store) for model, probes in zip(models, compared, strict=True)]
+        return found, [outcome for outcome in outcomes if outcome.status == "failed"]
 
 
 def preset_probes(zoo: Zoo, model: ModelSteps) -> dict[str, ProbeStep]:

@@ -11,6 +11,7 @@ from pipeline.steps.failures import model_failure
 from pipeline.steps.graph import ModelSteps, model_steps
 from pipeline.steps.outcome import Milestone, Outcome, cached_outcomes
 from pipeline.steps.step import Step, distinct
+from pipeline.storage.lease import held_store
 from pipeline.storage.store import Store
 from pipeline.storage.tables import collect, replace_table, rows_table
 from pipeline.zoo.models import resolve
@@ -90,22 +91,22 @@ def run_zoo(
             any of these.
 
     Raises:
-        ConfigError: The work directory is not writable.
+        ConfigError: The work directory is not writable, or another run is using it.
     """
-    store = Store(workdir.resolve())
-    models, failed = plan_steps(zoo, store, on_phase)
-    for outcome in failed:
-        on_outcome(outcome)
-    outcomes = run_wanted(zoo, store, wanted_steps(models, until), on_plan, on_outcome, on_progress, on_phase)
-    run = ZooRun(zoo, store, tuple(models), (*failed, *outcomes))
-    if until == "register":
-        failed = choose_candidates(zoo, store, models, on_phase)
+    with held_store(workdir) as store:
+        models, failed = plan_steps(zoo, store, on_phase)
         for outcome in failed:
             on_outcome(outcome)
-        run = replace(run, outcomes=(*run.outcomes, *failed))
-    on_phase("writing the tables")
-    write_tables(run)
-    return run
+        outcomes = run_wanted(zoo, store, wanted_steps(models, until), on_plan, on_outcome, on_progress, on_phase)
+        run = ZooRun(zoo, store, tuple(models), (*failed, *outcomes))
+        if until == "register":
+            failed = choose_candidates(zoo, store, models, on_phase)
+            for outcome in failed:
+                on_outcome(outcome)
+            run = replace(run, outcomes=(*run.outcomes, *failed))
+        on_phase("writing the tables")
+        write_tables(run)
+        return run
 
 
 def run_wanted(

@@ -69,6 +69,11 @@ class Store:
         """Where the trace of a step that failed goes, or of what there was to do before steps."""
         return self.root / "logs" / f"{key}.log"
 
+    def remove_scratch(self) -> None:
+        """Remove what steps were writing when their run died; only while no other run uses the directory."""
+        for scratch in self.steps.glob(".*"):
+            shutil.rmtree(scratch, ignore_errors=True)
+
     @contextmanager
     def writing(self, path: Path) -> Iterator[Path]:
         """A scratch directory that becomes `path`, whole, with its cost and manifest, if the block does not raise."""

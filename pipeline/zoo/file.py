@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from lorc_core.errors import ConfigError
@@ -12,6 +11,7 @@ from pipeline.zoo.consistency import Parts, contradictions
 from pipeline.zoo.schema import Zoo, with_methods
 from pipeline.zoo.sections import Calibration, Evaluation, ModelEntry
 from pipeline.zoo.variants import VariantEntry
+from pipeline.zoo.yaml_reader import read_yaml
 
 # Errors that follow from others: a default that needs a wrong field, a list short of its wrong entries.
 FOLLOWING = ("default_factory_not_called",)
@@ -22,15 +22,10 @@ def load_zoo(path: Path | str) -> Zoo:
     """Read and check a zoo file.
 
     Raises:
-        ConfigError: The file is absent, is not YAML, or fields are wrong; one line for each thing that is.
+        ConfigError: The file cannot be read (see `read_yaml`), or fields are wrong; one line for each thing that is.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"zoo file {path} does not exist")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must be a mapping with the fields {', '.join(Zoo.model_fields)}")
     context = {"folder": path.resolve().parent}

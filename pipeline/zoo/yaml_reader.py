@@ -55,7 +55,7 @@ def read_yaml(path: Path) -> Any:
         check_nesting(text)
         return yaml.load(text, UniqueKeyLoader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: a number of 5,000 digits, a false date
-        raise ConfigError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
 
 
 def check_nesting(text: str) -> None:

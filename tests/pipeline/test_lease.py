@@ -10,7 +10,8 @@ import pytest
 
 from lorc_core.errors import ConfigError
 from pipeline.storage import lease as lease_module
-from pipeline.storage.lease import LEASE_FILE, Holder, lease
+from pipeline.storage.lease import LEASE_FILE, Holder, held_store, lease
+from pipeline.zoo.file import load_zoo
 
 HOLD = "import sys, time; from pathlib import Path; from pipeline.storage.lease import lease\nwith lease(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
 
@@ -107,3 +108,22 @@ def test_of_many_processes_at_once_one_holds_the_lease(tmp_path):
     holders[0].kill()
     for process in processes:
         process.communicate()
+
+
+def test_a_zoo_is_not_run_in_a_directory_that_another_run_holds(tmp_path):
+    from pipeline.zoo_run import run_zoo
+    from tests.zoos import write_zoo
+
+    zoo = load_zoo(write_zoo(tmp_path))
+    (tmp_path / "work").mkdir()
+    with lease(tmp_path / "work"), pytest.raises(ConfigError, match="work is in use by process"):
+        run_zoo(zoo, tmp_path / "work")
+
+
+def test_a_held_store_is_without_the_scratch_of_dead_runs(tmp_path):
+    scratch = tmp_path / "steps" / ".decompose-0123-abcd"
+    scratch.mkdir(parents=True)
+    (scratch / "layer.safetensors").write_bytes(bytes(10))
+    (tmp_path / "steps" / "decompose-0123").mkdir()
+    with held_store(tmp_path):
+        assert [path.name for path in (tmp_path / "steps").iterdir()] == ["decompose-0123"]
