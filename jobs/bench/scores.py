@@ -20,8 +20,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from jobs.bench.models import DTYPES, check_known, seconds_of
 from jobs.screen import console
 from lorc_core.attention.scores.choice import CHOICES, key_scores, setting_of
-from lorc_core.attention.scores.interpolated import interpolation_of, slot_scores
-from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rotated_scores
+from lorc_core.attention.scores.interpolated import interpolated_scores, interpolation_of
+from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rebuilt_scores
 from lorc_core.decomposition.factors import Factors
 from lorc_core.model.blocks import Partition
 from lorc_core.model.rotation import Rotation
@@ -53,10 +53,10 @@ def case(
 def others(query: Tensor, keys: UnrotatedKeys) -> dict[str, Callable[[], Tensor]]:
     """The other ways that this device has."""
     if not query.is_cuda:
-        return {"interpolated": partial(slot_scores, query, keys, interpolation_of(keys.turns))}
-    from lorc_core.attention.scores.triton_kernel import fused_rotated_scores
+        return {"interpolated": partial(interpolated_scores, query, keys, interpolation_of(keys.turns))}
+    from lorc_core.attention.scores.triton_kernel import fused_scores
 
-    return {"fused": partial(fused_rotated_scores, query, keys)}
+    return {"fused": partial(fused_scores, query, keys)}
 
 
 def rebuilds(query: Tensor, keys: UnrotatedKeys) -> bool:
@@ -64,7 +64,7 @@ def rebuilds(query: Tensor, keys: UnrotatedKeys) -> bool:
     if not query.is_cuda:
         return not interpolation_of(keys.turns).saves(query, keys)
     key_scores(query, keys, None)  # the first call in a setting decides
-    return CHOICES.get(setting_of(query, keys), rotated_scores) is rotated_scores
+    return CHOICES.get(setting_of(query, keys), rebuilt_scores) is rebuilt_scores
 
 
 def medians(ways: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
@@ -89,7 +89,7 @@ def main(context: int, batch_size: int, dtype: str) -> None:
         table.add_column(name, justify="left" if name == "way" else "right")
     for heads, base in product(HEADS, ROPE_BASES):
         query, keys = case(heads, base, context, batch_size, dtype)
-        found = medians({"rebuilt": partial(rotated_scores, query, keys), **others(query, keys)})
+        found = medians({"rebuilt": partial(rebuilt_scores, query, keys), **others(query, keys)})
         rebuilt = found.pop("rebuilt")
         for way, seconds in found.items():
             over_rebuilt, verdict = f"{seconds / rebuilt:.2f}", "no" if rebuilds(query, keys) else "yes"

@@ -17,27 +17,45 @@ from lorc_core.model.kinds import Projection
 
 PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v")
 
-
 AdapterTensors = dict[str, Tensor]
 
 
 def adapted_modules(architecture: Architecture) -> dict[str, str]:
-    """Paths below `model.base_model` of the projections that LoRA adapts, W_q, W_k, W_v and W_o, by adapter name."""
+    """Where the projections are that LoRA adapts: W_q, W_k, W_v and W_o.
+
+    Args:
+        architecture: Of the model.
+
+    Returns:
+        Paths below `model.base_model`, by the adapter's name.
+
+    Raises:
+        UnsupportedModelError: One tensor holds several projections.
+    """
     if architecture.family.fused:
         raise UnsupportedModelError(
             f"lora_rank needs separate projections; {architecture.model_type} holds W_q, W_k and W_v in one tensor"
         )
-    found = {}
+    paths = {}
     for layer_idx in range(architecture.num_layers):
         for projection in PROJECTIONS:
-            path = architecture.projection_name(layer_idx, projection, "weight")
-            found[f"layers.{layer_idx}.{projection}"] = path.removesuffix(".weight")
-        found[f"layers.{layer_idx}.o"] = architecture.output_name(layer_idx).removesuffix(".weight")
-    return found
+            weight_name = architecture.projection_name(layer_idx, projection, "weight")
+            paths[f"layers.{layer_idx}.{projection}"] = weight_name.removesuffix(".weight")
+        paths[f"layers.{layer_idx}.o"] = architecture.output_name(layer_idx).removesuffix(".weight")
+    return paths
 
 
 def hook_adapters(model: PreTrainedModel, architecture: Architecture, tensors: AdapterTensors) -> list[RemovableHandle]:
-    """Add the adapters' products to the outputs of their projections."""
+    """Add the adapters' products to the outputs of their projections.
+
+    Args:
+        model: That the adapters were trained for.
+        architecture: Of the model.
+        tensors: `down` and `up` of every adapted projection; empty for no adapters.
+
+    Returns:
+        What removes them.
+    """
     handles = []
     for name, path in adapted_modules(architecture).items() if tensors else ():
         module = model.base_model.get_submodule(path)

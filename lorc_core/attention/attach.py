@@ -1,8 +1,8 @@
 """Run a model on a compressed cache, without rewriting the model.
 
 A pre-hook on each attention module swaps the cache for a view that hands *latents* to the real cache and, for keys
-compressed before the rotation, the rotation for the identity; `latent_attention` is what the module then
-calls. Calibration looks at a model's queries, keys and values through the same hooks.
+compressed before the rotation, the rotation for the identity; `latent_attention` is what the module then calls.
+Observers look at a model's queries, keys and values through the same hooks.
 """
 
 import warnings
@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from lorc_core.attention.adapters import AdapterTensors, hook_adapters
-from lorc_core.attention.call import AttentionCall, Observed
+from lorc_core.attention.call import AttentionCall, Observer
 from lorc_core.attention.latent_attention import STATE_ATTRIBUTE, latent_attention
 from lorc_core.attention.latent_cache import LatentCache
 from lorc_core.attention.layer_state import LayerState
@@ -48,16 +48,26 @@ def enter_attention(
     """Forward pre-hook: the view in place of the cache and, for compressed rotary keys, no rotation.
 
     A module that attends by itself rotates its keys whatever it is told; its view takes the rotation off again.
+
+    Args:
+        state: Of the module; keeps the call for `latent_attention`.
+        architecture: Of the model.
+        module: That is called.
+        args: Of its `forward`.
+        kwargs: Of its `forward`.
+
+    Returns:
+        The arguments that it is called with instead.
     """
     kwargs = dict(kwargs)
-    inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     rotation = None
     if state.unrotates_keys:
         assert state.rotary is not None
-        rotation = state.rotary.of_call(inputs, kwargs)
+        rotation = state.rotary.of_call(hidden_states, kwargs)
         if architecture.family.interface:
             kwargs["position_embeddings"] = rotation.identity()
-    state.call = call = AttentionCall(rotation, kwargs.get("position_ids"), inputs)
+    state.call = call = AttentionCall(rotation, kwargs.get("position_ids"), hidden_states)
     argument = architecture.family.cache_argument
     if architecture.family.interface:
         kwargs[argument] = LatentCache(
@@ -91,7 +101,7 @@ class Attachment:
         model: PreTrainedModel,
         architecture: Architecture,
         factors: Sequence[LayerFactors],
-        observers: Sequence[Callable[[Observed], None] | None] | None = None,
+        observers: Sequence[Observer | None] | None = None,
         adapters: AdapterTensors | None = None,
     ) -> None:
         self.model = model
@@ -128,7 +138,7 @@ class Attachment:
     ) -> None:
         self.detach()
 
-    def _hook(self, layer_idx: int, factors: LayerFactors, observe: Callable[[Observed], None] | None) -> LayerState:
+    def _hook(self, layer_idx: int, factors: LayerFactors, observe: Observer | None) -> LayerState:
         base = self.model.base_model
         module = base.get_submodule(self.architecture.attention_module(layer_idx))
         state = LayerState(
@@ -159,19 +169,27 @@ class Attachment:
     def use(self, factors: Sequence[LayerFactors]) -> None:
         """Take other factors.
 
+        Args:
+            factors: Of each layer, on any device.
+
         Raises:
             ConfigError: A layer would get factors that was left alone when this was attached.
         """
-        for layer_idx, (state, layer) in enumerate(zip(self.layers, factors, strict=True)):
-            if state is None and any(layer):
+        for layer_idx, (state, layer_factors) in enumerate(zip(self.layers, factors, strict=True)):
+            if state is None and any(layer_factors):
                 raise ConfigError(f"layer {layer_idx} was left alone when the variant was attached; attach anew")
         with tensors_for_training():
-            for state, layer in zip(self.layers, factors, strict=True):
+            for state, layer_factors in zip(self.layers, factors, strict=True):
                 if state is not None:
-                    state.use(layer)
+                    state.use(layer_factors)
 
     def replace_method(self, name: str, method: Callable[..., Any]) -> None:
-        """Give the model a method of its own, in place of its class's, until `detach`."""
+        """Give the model a method of its own, in place of its class's, until `detach`.
+
+        Args:
+            name: Of the method.
+            method: Called without the model, as a bound method is.
+        """
         self.model.__dict__[name] = method
         self._own_methods.append(name)
 
@@ -185,7 +203,7 @@ class Attachment:
                 handle.remove()
             self._adapter_handles = hook_adapters(self.model, self.architecture, self._adapters)
 
-    def _attach(self, factors: Sequence[LayerFactors], observers: Sequence[Callable[[Observed], None] | None]) -> None:
+    def _attach(self, factors: Sequence[LayerFactors], observers: Sequence[Observer | None]) -> None:
         if ATTACHMENT_ATTRIBUTE in self.model.__dict__:
             raise ConfigError("a variant is attached to this model already; detach it first")
         self.model.__dict__[ATTACHMENT_ATTRIBUTE] = self
@@ -195,9 +213,9 @@ class Attachment:
             self.replace_method(EARLY_CACHE_SHAPE, no_early_shape)
             if self.architecture.family.interface:
                 use_latent_attention(self.model, self._underlying)
-            for layer_idx, (layer, observe) in enumerate(zip(factors, observers, strict=True)):
-                idle = observe is None and not any(layer) and not caches_copies
-                self.layers.append(None if idle else self._hook(layer_idx, layer, observe))
+            for layer_idx, (layer_factors, observe) in enumerate(zip(factors, observers, strict=True)):
+                idle = observe is None and not any(layer_factors) and not caches_copies
+                self.layers.append(None if idle else self._hook(layer_idx, layer_factors, observe))
             self._adapter_handles = hook_adapters(self.model, self.architecture, self._adapters)
             undo.pop_all()
 
@@ -218,7 +236,15 @@ def no_early_shape() -> None:
 
 
 def use_latent_attention(model: PreTrainedModel, underlying: str) -> None:
-    """Register latent attention over `underlying`, with its mask function, and switch the model to it."""
+    """Register latent attention over `underlying`, with its mask function, and switch the model to it.
+
+    Args:
+        model: To be switched.
+        underlying: The attention implementation that it has.
+
+    Raises:
+        UnsupportedModelError: The model keeps to its own attention.
+    """
     name = PREFIX + underlying
     AttentionInterface.register(name, partial(latent_attention, underlying))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[underlying])

@@ -1,27 +1,23 @@
 """Attention over a cache of latents.
 
-A few new tokens attend over the latents themselves, many over what can be rebuilt from them, by the implementation that
-the model had before. Calibration looks at queries, keys and values through the same function.
+A few new tokens attend over the latents themselves. Many attend over keys and values rebuilt from them, by the
+implementation that the model had before. Observers are shown queries, keys and values through the same function.
 
-Shapes: B batch, H query heads, G kv heads, D head_dim, Q new tokens, S cached and new tokens, L latent heads, P pairs
-of rotated channels.
+Shapes: B batch, H query heads, G kv heads, D head_dim, Q new tokens, S cached and new tokens, L latent heads, R latents
+of each, P pairs of rotated channels.
 """
 
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lorc_core.attention.call import AttentionCall, Observed
+from lorc_core.attention.call import AttentionCall, AttentionInputs, AttentionStates, implementation
 from lorc_core.attention.layer_state import LayerState
 from lorc_core.attention.positions import key_rotation
-from lorc_core.attention.scores.absorbed import apply_rotary, attend_values, attention_scores, attention_weights
+from lorc_core.attention.scores.absorbed import attend_values, attention_scores, attention_weights, rotate_pairs
 from lorc_core.attention.scores.choice import key_scores
 from lorc_core.attention.scores.interpolated import Interpolation
 from lorc_core.attention.scores.rebuilt import UnrotatedKeys
@@ -33,32 +29,6 @@ KNOWN_IMPLEMENTATIONS = ("eager", "sdpa")
 UNKNOWN_ARGUMENTS = ("s_aux", "position_bias", "cache")
 
 
-@dataclass(frozen=True)
-class AttentionInputs:
-    """What a module asks of its attention function, in transformers' terms."""
-
-    underlying: str
-    module: nn.Module
-    query: Float[Tensor, "b h q d"]
-    key: Float[Tensor, "b _ s _"]
-    value: Float[Tensor, "b _ s _"]
-    mask: Tensor | None
-    options: dict[str, Any]
-
-    @property
-    def scaling(self) -> float:
-        """Of the logits: by whole heads where the module leaves it open, whatever the size of those attended."""
-        given = self.options.get("scaling")
-        return self.query.shape[-1] ** -0.5 if given is None else given
-
-    def attend(
-        self, query: Float[Tensor, "b h q _"], key: Float[Tensor, "b g s _"], value: Float[Tensor, "b g s _"]
-    ) -> tuple[Float[Tensor, "b q h _"], Tensor | None]:
-        """The model's own attention on other queries, keys and values."""
-        attend = implementation(self.underlying, self.module)
-        return attend(self.module, query, key, value, self.mask, **(self.options | {"scaling": self.scaling}))
-
-
 def latent_attention(
     underlying: str,
     module: nn.Module,
@@ -68,63 +38,89 @@ def latent_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over latents, by the implementation called `underlying` wherever whole states serve better."""
+    """An attention function for transformers' interface, over what a `LatentCache` hands back.
+
+    Args:
+        underlying: The implementation that serves wherever whole states are better.
+        module: That attends.
+        query: Of the new tokens; not rotated where the hook took the rotation away.
+        key: (B, L, S, R) latents, or (B, G, S, D) states where the layer's keys are not compressed.
+        value: The same of the values.
+        attention_mask: Boolean, or added to the scores.
+        kwargs: As transformers calls its attention functions: scaling, dropout and the like.
+
+    Returns:
+        (B, Q, H, D) attended values, and the attention weights where eager attention gives them.
+    """
     state: LayerState | None = getattr(module, STATE_ATTRIBUTE, None)
     if state is None or (state.observe is None and not state.projections.compress):
         return implementation(underlying, module)(module, query, key, value, attention_mask, **kwargs)
     call = state.take_call()
-    asked = AttentionInputs(underlying, module, query, key, value, attention_mask, kwargs)
+    inputs = AttentionInputs(underlying, module, query, key, value, attention_mask, kwargs)
     if state.observe is not None:
-        return observed_attention(state, call, asked)
-    if reads_latents(state, asked):
-        return attention_over_latents(state, call, asked)
-    return attention_over_states(state, call, asked)
+        return observed_attention(state, call, inputs)
+    if reads_latents(state, inputs):
+        return attention_over_latents(state, call, inputs)
+    return attention_over_states(state, call, inputs)
 
 
-def reads_latents(state: LayerState, asked: AttentionInputs) -> bool:
+def reads_latents(state: LayerState, inputs: AttentionInputs) -> bool:
     """Whether attending over latents is cheaper than rebuilding values, and their mathematics is known."""
-    num_heads, q_len = asked.query.shape[1:3]
+    num_heads, q_len = inputs.query.shape[1:3]
     # scores then take no more than half the memory of rebuilt values
-    few = q_len == 1 or (asked.mask is not None and 2 * num_heads * q_len <= state.num_kv_heads * state.head_dim)
-    plain = not any(asked.options.get(name) is not None for name in UNKNOWN_ARGUMENTS)
-    known = asked.underlying in KNOWN_IMPLEMENTATIONS and plain
+    few = q_len == 1 or (inputs.mask is not None and 2 * num_heads * q_len <= state.num_kv_heads * state.head_dim)
+    plain = not any(inputs.options.get(name) is not None for name in UNKNOWN_ARGUMENTS)
+    known = inputs.underlying in KNOWN_IMPLEMENTATIONS and plain
     rebuilds = state.projections.readers.keys is None
-    return few and known and not asked.module.training and not (rebuilds and torch.compiler.is_compiling())
+    return few and known and not inputs.module.training and not (rebuilds and torch.compiler.is_compiling())
 
 
 def attention_over_latents(
-    state: LayerState, call: AttentionCall, asked: AttentionInputs
+    state: LayerState, call: AttentionCall, inputs: AttentionInputs
 ) -> tuple[Float[Tensor, "b q h d"], Tensor | None]:
-    """Nothing is rebuilt but keys that must be rotated, those a chunk at a time."""
-    reader, values = state.projections.readers.keys, state.projections.readers.values
-    assert values is not None
-    key, value, mask = used_slots(call, asked)
-    query = asked.query * asked.scaling  # not the scores, which float16 may not hold
-    if reader is not None and can_pack(state, asked):
-        packed = packed_attention(reader.absorb(query), reader.heads(key), values.heads(value), mask)
-        return values.restore(packed).transpose(1, 2).contiguous(), None
+    """Scores against latents, and a weighted sum of latents: nothing of the cache is rebuilt at once.
+
+    Keys that must be rotated are rebuilt a chunk at a time, or interpolated, or rebuilt within a kernel.
+    """
+    reader, value_reader = state.projections.readers.keys, state.projections.readers.values
+    assert value_reader is not None
+    key, value, mask = used_slots(call, inputs)
+    # Scaled here and not as scores: unscaled scores may be more than float16 can hold.
+    query = inputs.query * inputs.scaling
+
+    # Latents that stand by kv head, keys and values equally wide, are what torch's own kernel reads: it needs no more
+    # than other queries before and an `up` after.
+    if reader is not None and can_pack(state, inputs):
+        packed = packed_attention(reader.absorb(query), reader.heads(key), value_reader.heads(value), mask)
+        return value_reader.restore(packed).transpose(1, 2).contiguous(), None
+
     if reader is not None:
+        # q . (up l) = (up^T q) . l: one small product for the query, in place of a large one for the whole cache.
         scores = attention_scores(reader.absorb(query), reader.heads(key))
     else:
+        # The rotation stands between query and `up`, another one at each slot, so the query cannot absorb `up`.
         factors = state.projections.factors.keys
         assert factors is not None
-        new, cached, slow = turns_of(state, call, query, key)
-        query = apply_rotary(state.projections.in_pairs(query), new[:, None])
-        keys = UnrotatedKeys(key, factors, state.projections.offsets.keys, cached)
-        scores = key_scores(query, keys, slow)
-    weights = attention_weights(scores, mask, asked.options.get("softcap"))
-    attended = values.restore(attend_values(weights, values.heads(value)))
-    return attended.transpose(1, 2).contiguous(), weights if asked.underlying == "eager" else None
+        query_turns, key_turns, interpolation = turns_of(state, call, query, key)
+        query = rotate_pairs(state.projections.in_pairs(query), query_turns[:, None])
+        keys = UnrotatedKeys(key, factors, state.projections.offsets.keys, key_turns)
+        scores = key_scores(query, keys, interpolation)
+    weights = attention_weights(scores, mask, inputs.options.get("softcap"))
+
+    # The weighted sum of rebuilt values is what `up` makes of the weighted sum of latents: `up` is applied once for
+    # each query, not once for each slot.
+    attended = value_reader.restore(attend_values(weights, value_reader.heads(value)))
+    return attended.transpose(1, 2).contiguous(), weights if inputs.underlying == "eager" else None
 
 
-def can_pack(state: LayerState, asked: AttentionInputs) -> bool:
+def can_pack(state: LayerState, inputs: AttentionInputs) -> bool:
     """Whether stock attention can read the latents: of heads apart, all as wide, by one new token."""
     keys, values = state.projections.readers.keys, state.projections.readers.values
     apart = keys is not None and values is not None and keys.num_heads == values.num_heads == state.num_kv_heads
-    plain = asked.underlying == "sdpa" and asked.options.get("softcap") is None and asked.query.shape[2] == 1
-    mask, dtypes = asked.mask, (torch.bool, asked.query.dtype)
+    plain = inputs.underlying == "sdpa" and inputs.options.get("softcap") is None and inputs.query.shape[2] == 1
+    mask, dtypes = inputs.mask, (torch.bool, inputs.query.dtype)
     stock_mask = mask is None or (mask.shape[1] == 1 and mask.dtype in dtypes)
-    return apart and plain and stock_mask and asked.key.shape[-1] == asked.value.shape[-1]
+    return apart and plain and stock_mask and inputs.key.shape[-1] == inputs.value.shape[-1]
 
 
 def packed_attention(
@@ -133,55 +129,72 @@ def packed_attention(
     value: Float[Tensor, "b l s r"],
     mask: Tensor | None,
 ) -> Float[Tensor, "b h 1 r"]:
-    """torch's own attention by scaled queries, those which read one head as its rows, so that no head is repeated."""
+    """torch's own attention, with the query heads that read one kv head as its rows, so that no head is repeated.
+
+    Args:
+        query: Scaled.
+        key: Latents by kv head.
+        value: Latents by kv head.
+        mask: The same for all heads.
+    """
     rows = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
     return scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=1.0).reshape(query.shape)
 
 
 def used_slots(
-    call: AttentionCall, asked: AttentionInputs
+    call: AttentionCall, inputs: AttentionInputs
 ) -> tuple[Float[Tensor, "b l s _"], Float[Tensor, "b l s _"], Tensor | None]:
-    """Keys, values and mask of the slots in use; of a static cache the first ones, which a CPU can ask for free."""
-    key, value, mask = asked.key, asked.value, asked.mask
-    counted = isinstance(call.past, Tensor) and call.first_slot == 0 and key.device.type == "cpu"
-    if asked.underlying != "sdpa" or not counted:
+    """Keys, values and mask of the slots in use: a static cache hands back all that it will ever have.
+
+    Only on a CPU: the count is a tensor, and to ask an accelerator for it would wait for all its work.
+    """
+    key, value, mask = inputs.key, inputs.value, inputs.mask
+    counted = isinstance(call.num_cached, Tensor) and call.first_slot == 0 and key.device.type == "cpu"
+    if inputs.underlying != "sdpa" or not counted:
         return key, value, mask
-    num_filled = min(int(call.past) + asked.query.shape[2], key.shape[2])
-    return key[:, :, :num_filled], value[:, :, :num_filled], None if mask is None else mask[..., :num_filled]
+    num_used = min(int(call.num_cached) + inputs.query.shape[2], key.shape[2])
+    return key[:, :, :num_used], value[:, :, :num_used], None if mask is None else mask[..., :num_used]
 
 
 def turns_of(
     state: LayerState, call: AttentionCall, query: Float[Tensor, "b h q d"], key: Float[Tensor, "b 1 s _"]
 ) -> tuple[Complex[Tensor, "#b q p"], Complex[Tensor, "#b s p"], Interpolation | None]:
-    """The turns of the new tokens and of all slots: by slots where only distances count, else by positions."""
+    """The rotations of the new tokens and of all slots, and how slow ones are interpolated, where they can be.
+
+    Scores depend on the distance of positions alone, which is the distance of slots, so slots serve as positions: one
+    table for all rows and layers. Not where angles depend on the length of the text, nor where nothing was cached and
+    positions may have gaps (packed texts).
+    """
     assert state.rotary is not None
     assert call.rotation is not None
     q_len, kv_len = query.shape[2], key.shape[2]
     if kv_len == q_len or not state.rotary.is_fixed:
         return call.rotation.turns(), key_rotation(state.rotary, call, key, q_len).turns(), None
     table = state.turns.at(state.rotary, query, call.first_slot + kv_len)
-    own_slots = call.past + torch.arange(q_len, device=query.device)
-    cached = table.turns[:, call.first_slot : call.first_slot + kv_len]
-    return table.turns[:, own_slots], cached, table.slow
+    own_slots = call.num_cached + torch.arange(q_len, device=query.device)
+    key_turns = table.turns[:, call.first_slot : call.first_slot + kv_len]
+    return table.turns[:, own_slots], key_turns, table.interpolation
 
 
 def attention_over_states(
-    state: LayerState, call: AttentionCall, asked: AttentionInputs
+    state: LayerState, call: AttentionCall, inputs: AttentionInputs
 ) -> tuple[Float[Tensor, "b q h d"], Tensor | None]:
     """The model's own attention: at the smaller head size where latents stand by kv head, else on rebuilt states."""
-    keys, values = state.projections.readers.keys, state.projections.readers.values
-    if keys is not None and keys.num_heads == state.num_kv_heads:
-        query, key = keys.absorb(asked.query), keys.heads(asked.key)
+    key_reader, value_reader = state.projections.readers.keys, state.projections.readers.values
+    if key_reader is not None and key_reader.num_heads == state.num_kv_heads:
+        query, key = key_reader.absorb(inputs.query), key_reader.heads(inputs.key)
     else:
-        query, key = asked.query, state.projections.rebuild(asked.key, "keys")
-        if call.rotation is not None:
-            query = apply_rotary(state.projections.in_pairs(query), call.rotation.turns()[:, None])
-            key = apply_rotary(key, key_rotation(state.rotary, call, key, query.shape[2]).turns()[:, None])
-    by_head = values if values is not None and values.num_heads == state.num_kv_heads else None
-    value = by_head.heads(asked.value) if by_head else state.projections.rebuild(asked.value, "values")
+        query, key = inputs.query, state.projections.rebuild(inputs.key, "keys")
+        if call.rotation is not None:  # what was cached before the rotation is rotated now, queries alike
+            query = rotate_pairs(state.projections.in_pairs(query), call.rotation.turns()[:, None])
+            key = rotate_pairs(key, key_rotation(state.rotary, call, key, query.shape[2]).turns()[:, None])
+    by_head = value_reader if value_reader is not None and value_reader.num_heads == state.num_kv_heads else None
+    value = by_head.heads(inputs.value) if by_head else state.projections.rebuild(inputs.value, "values")
+
+    # Kernels want one size of keys and values: zeros add nothing to a score, and are cut off what was attended.
     width, value_width = max(key.shape[-1], value.shape[-1]), value.shape[-1]
-    query, key, value = (pad(one, (0, width - one.shape[-1])) for one in (query, key, value))  # kernels want one size
-    attended, weights = asked.attend(query, key, value)
+    query, key, value = (pad(states, (0, width - states.shape[-1])) for states in (query, key, value))
+    attended, weights = inputs.attend(query, key, value)
     attended = attended[..., :value_width]
     if by_head:
         attended = by_head.restore(attended.transpose(1, 2)).transpose(1, 2).contiguous()
@@ -189,26 +202,20 @@ def attention_over_states(
 
 
 def observed_attention(
-    state: LayerState, call: AttentionCall, asked: AttentionInputs
+    state: LayerState, call: AttentionCall, inputs: AttentionInputs
 ) -> tuple[Float[Tensor, "b q h d"], Tensor | None]:
     """The untouched model's attention, shown to the observer."""
     assert state.observe is not None
-    assert call.inputs is not None
-    query, key, value = asked.query, asked.key, asked.value
+    assert call.hidden_states is not None
+    query, key, value = inputs.query, inputs.key, inputs.value
     rotated_query, rotated_key = query, key
     if call.rotation is not None:
         rotated_query, rotated_key = rotate(query, call.rotation), rotate(key, call.rotation)
 
     def attend_with(keys: Tensor, values: Tensor) -> Tensor:
-        return asked.attend(rotated_query, keys, values)[0]
+        return inputs.attend(rotated_query, keys, values)[0]
 
-    scale = asked.scaling * query.shape[-1] ** 0.5  # OPT scales its queries itself, not the logits
+    scale = inputs.scaling * query.shape[-1] ** 0.5  # OPT scales its queries itself, not the scores
     states = (query * scale, key, value, rotated_query * scale, rotated_key)
-    state.observe(Observed(asked.module, call.inputs, *states, call.rotation, attend_with))
-    return asked.attend(rotated_query, rotated_key, value)
-
-
-def implementation(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """transformers' attention function of that name; eager attention lives beside each model's own classes."""
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    state.observe(AttentionStates(inputs.module, call.hidden_states, *states, call.rotation, attend_with))
+    return inputs.attend(rotated_query, rotated_key, value)

@@ -1,6 +1,6 @@
 """The view of a cache that stores latents: states are projected down on their way in.
 
-Shapes: B batch, G kv heads, D head_dim, Q new tokens.
+Shapes: B batch, G kv heads, D head_dim, Q new tokens, L latent heads, S cached and new tokens.
 """
 
 from typing import Any
@@ -45,15 +45,30 @@ class LatentCache:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Project down, let the real cache append, return all latents (or states, where a kind is not compressed)."""
+        """Project down, and let the real cache append.
+
+        Args:
+            keys: Of the new tokens.
+            values: Of the new tokens.
+            layer_idx: Of the caller.
+            args: Of the real cache's `update`.
+            kwargs: Of the real cache's `update`.
+
+        Returns:
+            (B, L, S, _) latents of all tokens; states of a kind that is not compressed.
+
+        Raises:
+            ConfigError: The cache cannot take these latents, or positions have gaps where keys need them.
+        """
         states = KeysValues(keys, values)
         latents = KeysValues.of(lambda kind: self._projections.project_down(states[kind], kind))
         if self._cache is None:
             return latents.keys, latents.values
         check_fits(self._cache, layer_idx, latents.keys, latents.values)
-        call, past = self._call, self._cache.get_query_offset(layer_idx)
+        call, num_cached = self._call, self._cache.get_query_offset(layer_idx)
         if self._positions is not None:
-            self._positions.check(self._cache, layer_idx, call.position_ids, past)
-        call.past = past.clone() if isinstance(past, Tensor) else past  # static caches count in place
+            self._positions.check(self._cache, layer_idx, call.position_ids, num_cached)
+        # Asked before the update, which changes both. A clone, since static caches count in place.
+        call.num_cached = num_cached.clone() if isinstance(num_cached, Tensor) else num_cached
         _, call.first_slot = self._cache.get_mask_sizes(keys.shape[-2], layer_idx)
         return self._cache.update(latents.keys, latents.values, layer_idx, *args, **kwargs)

@@ -1,6 +1,7 @@
 """One layer's factors as the runtime uses them: states to latents on their way into the cache, and back.
 
-Shapes: B batch, G kv heads, D head_dim, Q new tokens, S cached and new tokens, L latent heads, N = G * D.
+Shapes: B batch, G kv heads, D head_dim, Q new tokens, S cached and new tokens, L latent heads, R latents of each,
+N = G * D.
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class LayerProjections:
     def of(
         cls,
         factors: LayerFactors,
-        placed_at: Placement,
+        placement: Placement,
         heads: tuple[int, int],
         rotary: LayerRotation | None,
         *,
@@ -49,21 +50,22 @@ class LayerProjections:
 
         Args:
             factors: On any device.
-            placed_at: Of the layer.
+            placement: Of the layer.
             heads: Number of kv heads, and channels of each.
             rotary: How the layer rotates its keys; None where it does not.
             attends: Whether latents are attended over; else states are rebuilt for a module that attends by itself.
         """
         num_kv_heads, head_dim = heads
-        placed = factors.map(lambda one: one.to(*placed_at) if one else None)
-        rotates_rebuilt_keys = rotary is not None and compresses_unrotated_keys(placed)
+        placed = factors.map(lambda its: its.to(*placement) if its else None)
+        rebuilds_keys = rotary is not None and compresses_unrotated_keys(placed)
         order = None
-        if rotary is not None and placed.keys is not None and rotates_rebuilt_keys and attends:
+        if rotary is not None and placed.keys is not None and rebuilds_keys and attends:
             order = rotary.pair_order(head_dim)
         if order is not None and placed.keys is not None:
-            order = order.to(placed_at.device)
+            # Once here, so that rebuilt keys come out with pairs side by side, to be rotated as complex numbers.
+            order = order.to(placement.device)
             placed = KeysValues(placed.keys.reordered(order), placed.values)
-        return cls._of_placed(placed, order, num_kv_heads, rebuilds_keys=rotates_rebuilt_keys)
+        return cls._of_placed(placed, order, num_kv_heads, rebuilds_keys=rebuilds_keys)
 
     @classmethod
     def _of_placed(
@@ -87,10 +89,17 @@ class LayerProjections:
         return any(self.factors)
 
     def project_down(self, states: Float[Tensor, "b g q d"], kind: Kind) -> Float[Tensor, "b l q _"]:
-        """(B, G, Q, D) states to (B, L, Q, R) latents: several heads where keys and values have as many, else one.
+        """States on their way into the cache.
 
-        Whole keys beside compressed values, or the reverse, are laid out so too: static caches have as many heads of
-        both.
+        Whole keys beside compressed values, or the reverse, are laid out as latents are: static caches have as many
+        heads of both.
+
+        Args:
+            states: Of the new tokens, as the attention module caches them.
+            kind: Whose they are.
+
+        Returns:
+            (B, L, Q, R) latents; the states as they are where the layer is not compressed.
         """
         if not self.compress:
             return states
@@ -102,7 +111,15 @@ class LayerProjections:
         return latents.unflatten(-1, (self.num_latent_heads, -1)).transpose(1, 2)
 
     def rebuild(self, latents: Float[Tensor, "b l s _"], kind: Kind) -> Float[Tensor, "b g s d"]:
-        """(B, L, S, R) latents to (B, G, S, D) states."""
+        """What the cache holds, as states again.
+
+        Args:
+            latents: As `project_down` made them.
+            kind: Whose they are.
+
+        Returns:
+            (B, G, S, D) states; keys before the rotation with the channels of a pair side by side.
+        """
         if not self.compress:
             return latents
         joint, factors, offset = latents.transpose(1, 2).flatten(2), self.factors[kind], self.offsets[kind]
@@ -118,7 +135,7 @@ class LayerProjections:
 
 
 def num_latent_heads(readers: KeysValues[LatentReader | None]) -> int:
-    """As many as both kinds have, else one."""
+    """Heads of the cache: as many as both kinds have, else one."""
     counts = {0 if reader is None else reader.num_heads for reader in readers}
     return counts.pop() if len(counts) == 1 else 1
 
@@ -129,7 +146,12 @@ def compresses_unrotated_keys(factors: LayerFactors) -> bool:
 
 
 def project_states(states: Float[Tensor, "b g s d"], factors: Factors) -> Float[Tensor, "b g s d"]:
-    """The states that a cache of their latents gives back."""
+    """The states that a cache of their latents gives back.
+
+    Args:
+        states: Of all kv heads; keys before or after the rotation, as the factors want them.
+        factors: On the states' device, in their dtype.
+    """
     joint = factors.rebuild(factors.project_down(states.transpose(1, 2).flatten(2)))
     offset = factors.offset()
     joint = joint if offset is None else joint + offset

@@ -1,9 +1,8 @@
 """One attention module while something is attached to it: its facts, its projections, the call in progress."""
 
-from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 
-from lorc_core.attention.call import AttentionCall, Observed
+from lorc_core.attention.call import AttentionCall, Observer
 from lorc_core.attention.layer_projections import LayerProjections, compresses_unrotated_keys
 from lorc_core.attention.placement import Placement
 from lorc_core.attention.positions import RowPositions
@@ -16,10 +15,21 @@ from lorc_core.model.rotation import LayerRotation
 class LayerState:
     """One attention module's facts, its projections, what looks at it, and the call in progress.
 
-    `attends` says whether the module calls `latent_attention`; else it attends by itself, on whole states.
+    Attributes:
+        placement: Where the module computes.
+        rotary: How it rotates its keys; None where it does not.
+        num_kv_heads: Of the module.
+        head_dim: Channels of each.
+        attends: Whether the module calls `latent_attention`; else it attends by itself, on whole states.
+        positions: What checks positions, one for all layers.
+        turns: Rotations of slots, one table for all layers.
+        factors: Of its keys and values, wherever they are.
+        observe: Called with what the module is about to attend with.
+        call: Between the module's hook and its attention function.
+        projections: The factors in their place.
     """
 
-    placed_at: Placement
+    placement: Placement
     rotary: LayerRotation | None
     num_kv_heads: int
     head_dim: int
@@ -27,7 +37,7 @@ class LayerState:
     positions: RowPositions
     turns: SlotTurns
     factors: InitVar[LayerFactors]
-    observe: Callable[[Observed], None] | None = None
+    observe: Observer | None = None
     call: AttentionCall | None = None
     projections: LayerProjections = field(init=False)
 
@@ -43,12 +53,12 @@ class LayerState:
     def use(self, factors: LayerFactors) -> None:
         """Take other factors, wherever they are."""
         heads = (self.num_kv_heads, self.head_dim)
-        self.projections = LayerProjections.of(factors, self.placed_at, heads, self.rotary, attends=self.attends)
+        self.projections = LayerProjections.of(factors, self.placement, heads, self.rotary, attends=self.attends)
 
     def move(self, placement: Placement) -> None:
         """Bring the factors to another device, or to another precision."""
-        if placement != self.placed_at:
-            self.placed_at, self.projections = placement, self.projections.to(placement)
+        if placement != self.placement:
+            self.placement, self.projections = placement, self.projections.to(placement)
 
     def take_call(self) -> AttentionCall:
         """The call in progress, which is then over."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorc_core.attention.attach import Attachment
-from lorc_core.attention.call import Observed
+from lorc_core.attention.call import AttentionStates
 from lorc_core.attention.layer_projections import project_states
 from lorc_core.decomposition.factors import UNTOUCHED, Factors, LayerDecomposition, LayerFactors, layer_spectrum
 from lorc_core.errors import NumericsError
@@ -67,12 +67,12 @@ class _LayerErrors:
         self.squared_errors = [0.0] * len(self.ranks)
         self.squared_output = 0.0
 
-    def __call__(self, seen: Observed) -> None:
-        exact = self.output(seen.attend(seen.rotated_key, seen.value).flatten(2))
+    def __call__(self, states: AttentionStates) -> None:
+        exact = self.output(states.attend(states.rotated_key, states.value).flatten(2))
         self.squared_output += exact.double().square().sum().item()
         for idx, ranks in enumerate(self.ranks):
             factors = KeysValues(*(self.layer[kind].factors(ranks[kind]) for kind in KINDS))
-            output = self.output(seen.attend(*_compressed(seen, factors)).flatten(2))
+            output = self.output(states.attend(*_compressed(states, factors)).flatten(2))
             self.squared_errors[idx] += (output - exact).double().square().sum().item()
 
     def levels(self) -> tuple[ErrorLevel, ...]:
@@ -103,10 +103,10 @@ def _ranks_at_thresholds(spectrum: KindSpectrum) -> list[tuple[int, ...]]:
     return [stair.ranks(min(bisect_left(kept, threshold * whole) + 1, len(kept))) for threshold in thresholds]
 
 
-def _compressed(seen: Observed, factors: KeysValues[Factors]) -> tuple[Tensor, Tensor]:
+def _compressed(states: AttentionStates, factors: KeysValues[Factors]) -> tuple[Tensor, Tensor]:
     """The rotated keys and the values that a cache of latents would give back."""
-    keys, values = factors.map(lambda projection: projection.to(seen.value.device, seen.value.dtype))
-    value = project_states(seen.value, values)
-    if keys.rotated or seen.rotation is None:
-        return project_states(seen.rotated_key, keys), value
-    return rotate(project_states(seen.key, keys), seen.rotation), value
+    keys, values = factors.map(lambda projection: projection.to(states.value.device, states.value.dtype))
+    value = project_states(states.value, values)
+    if keys.rotated or states.rotation is None:
+        return project_states(states.rotated_key, keys), value
+    return rotate(project_states(states.key, keys), states.rotation), value

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorc_core.attention.attach import Attachment
-from lorc_core.attention.call import Observed
+from lorc_core.attention.call import AttentionStates
 from lorc_core.decomposition.factors import UNTOUCHED
 from lorc_core.decomposition.second_moments import LayerMoments, SecondMoment, key_and_query_moments
 from lorc_core.errors import ConfigError, NumericsError
@@ -30,14 +30,14 @@ class LayerObserver:
         self.join_rotated_heads = join_rotated_heads
         self.found: LayerMoments | None = None
 
-    def __call__(self, seen: Observed) -> None:
-        keys, queries = by_kv_head(seen.key), by_query_head(seen.query, seen.key.shape[1])
+    def __call__(self, states: AttentionStates) -> None:
+        keys, queries = by_kv_head(states.key), by_query_head(states.query, states.key.shape[1])
         moments = key_and_query_moments(keys, queries, "", join_heads=True)
-        moments["inputs"] = SecondMoment.of(seen.inputs.double().norm(dim=-1).flatten()[:, None])
-        moments["values"] = SecondMoment.of(by_kv_head(seen.value).transpose(0, 1).flatten(1))
-        if seen.rotation is not None:
-            rotated = by_query_head(seen.rotated_query, seen.key.shape[1])
-            keys = by_kv_head(seen.rotated_key)
+        moments["inputs"] = SecondMoment.of(states.hidden_states.double().norm(dim=-1).flatten()[:, None])
+        moments["values"] = SecondMoment.of(by_kv_head(states.value).transpose(0, 1).flatten(1))
+        if states.rotation is not None:
+            rotated = by_query_head(states.rotated_query, states.key.shape[1])
+            keys = by_kv_head(states.rotated_key)
             moments |= key_and_query_moments(keys, rotated, "rotated_", join_heads=self.join_rotated_heads)
         batch = LayerMoments(moments)
         self.found = batch if self.found is None else self.found + batch

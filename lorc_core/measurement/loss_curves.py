@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lorc_core.attention.attach import Attachment
-from lorc_core.attention.call import Observed
+from lorc_core.attention.call import AttentionStates
 from lorc_core.decomposition.factors import UNTOUCHED, LayerDecomposition, LayerFactors, layer_spectrum
 from lorc_core.errors import NumericsError
 from lorc_core.measurement.losses import Batches, mean_loss
@@ -92,6 +92,6 @@ def _check_layers(model: PreTrainedModel, batches: Batches) -> None:
             model.base_model(input_ids=batch.to(model.device), use_cache=False)
 
 
-def _check_layer(layer_idx: int, seen: Observed) -> None:
-    if not all(torch.isfinite(states).all() for states in (seen.inputs, seen.query, seen.key, seen.value)):
+def _check_layer(layer_idx: int, states: AttentionStates) -> None:
+    if not all(torch.isfinite(part).all() for part in (states.hidden_states, states.query, states.key, states.value)):
         raise NumericsError(f"layer {layer_idx}: the attention gets NaN or infinity on the calibration text")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lorc_core.attention.scores.choice import key_scores
-from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rotated_scores
+from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rebuilt_scores
 
 pytest.importorskip("triton", reason="Triton is made for Linux alone")
-from lorc_core.attention.scores.triton_kernel import fused_rotated_scores
+from lorc_core.attention.scores.triton_kernel import fused_scores
 from tests.scores import CACHED, CASES, Case, difference, in_float32
 
 pytestmark = [
@@ -33,8 +33,8 @@ def on_gpu(query, keys):
 @pytest.mark.parametrize("name", CASES)
 def test_fused_scores_are_those_of_rebuilt_and_rotated_keys(name, dtype):
     arguments = replace(CASES[name], dtype=dtype).arguments()
-    found = fused_rotated_scores(*on_gpu(*arguments)).cpu()
-    assert difference(found, rotated_scores(*in_float32(*arguments))) < BOUNDS[dtype]
+    found = fused_scores(*on_gpu(*arguments)).cpu()
+    assert difference(found, rebuilt_scores(*in_float32(*arguments))) < BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
@@ -46,7 +46,7 @@ def test_the_choice_is_measured_once_in_a_setting_and_right_either_way(dtype, mo
         found = [key_scores(*given, None).cpu() for _ in range(2)]
     assert len(choices) == 1
     assert torch.equal(*found)
-    assert difference(found[0], rotated_scores(*in_float32(*case.arguments()))) < BOUNDS[dtype]
+    assert difference(found[0], rebuilt_scores(*in_float32(*case.arguments()))) < BOUNDS[dtype]
 
 
 def test_nothing_is_timed_while_gradients_are_on_or_a_graph_is_captured(monkeypatch):
@@ -68,5 +68,5 @@ def test_caches_of_more_than_two_billion_floats():
     latents[:, :, -CACHED:] = keys.latents
     turns = keys.turns[:, :1].expand(-1, num_slots, -1).clone()
     turns[:, -CACHED:] = keys.turns
-    found = fused_rotated_scores(query, replace(keys, latents=latents, turns=turns))
-    torch.testing.assert_close(found[..., -CACHED:], fused_rotated_scores(query, keys), rtol=0, atol=0)
+    found = fused_scores(query, replace(keys, latents=latents, turns=turns))
+    torch.testing.assert_close(found[..., -CACHED:], fused_scores(query, keys), rtol=0, atol=0)

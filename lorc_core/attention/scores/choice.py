@@ -1,8 +1,8 @@
 """Scores of keys that must be rebuilt and rotated, in the way that is fastest.
 
-On a CPU slow pairs of channels are interpolated where that saves. On a GPU, where decoding is not compiled, a Triton
-kernel serves in every setting in which it agreed with torch and was faster, both measured on the first call. So a run
-may round otherwise than the next; `torch.use_deterministic_algorithms` leaves the kernel out.
+On a CPU scores are interpolated where that saves. On a GPU, where decoding is not compiled, a Triton kernel serves in
+every setting in which it agreed with torch and was faster, both measured on the first call. So a run may round
+otherwise than the next; `torch.use_deterministic_algorithms` leaves the kernel out.
 
 Shapes: B batch, H query heads, D head_dim, Q new tokens, S cached and new tokens.
 """
@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorc_core.attention.scores.interpolated import Interpolation, slot_scores
-from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rotated_scores
+from lorc_core.attention.scores.interpolated import Interpolation, interpolated_scores
+from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rebuilt_scores
 
 # Of the largest score, between two ways that round differently. The interpreter's worst against float32 arithmetic is
 # 7.4e-7 and 6.0e-4 (test_triton_kernel.py); bfloat16 has three bits fewer than float16.
@@ -35,27 +35,27 @@ CHOICES: dict[Hashable, ScoreFunction] = {}  # what serves in a setting, for as 
 
 
 def key_scores(
-    query: Float[Tensor, "b h q d"], keys: UnrotatedKeys, slow: Interpolation | None
+    query: Float[Tensor, "b h q d"], keys: UnrotatedKeys, interpolation: Interpolation | None
 ) -> Float[Tensor, "b h q s"]:
-    """As `rotated_scores`, by whatever is fastest.
+    """As `rebuilt_scores`, by whatever is fastest.
 
     Args:
-        query: Rotated, with the channels of a pair side by side.
+        query: Scaled and rotated, with the channels of a pair side by side.
         keys: What it reads.
-        slow: How slow pairs are interpolated, where the turns are those of slots in a row; None elsewhere.
+        interpolation: Of the keys' turns, where these are of slots in a row; None elsewhere.
     """
-    if slow is not None and slow.saves(query, keys):
-        return slot_scores(query, keys, slow)
+    if interpolation is not None and interpolation.saves(query, keys):
+        return interpolated_scores(query, keys, interpolation)
     if not query.is_cuda or not can_fuse(query, keys) or not runs_triton(query.device):
-        return rotated_scores(query, keys)
+        return rebuilt_scores(query, keys)
     setting = setting_of(query, keys)
     if setting not in CHOICES:
         if torch.cuda.is_current_stream_capturing():
-            return rotated_scores(query, keys)
-        from lorc_core.attention.scores.triton_kernel import fused_rotated_scores
+            return rebuilt_scores(query, keys)
+        from lorc_core.attention.scores.triton_kernel import fused_scores
 
         with torch.cuda.device(query.device):
-            CHOICES[setting] = choice(query, keys, fused_rotated_scores, milliseconds)
+            CHOICES[setting] = faster(query, keys, fused_scores, milliseconds)
     return CHOICES[setting](query, keys)
 
 
@@ -63,6 +63,10 @@ def can_fuse(query: Float[Tensor, "b h q d"], keys: UnrotatedKeys) -> bool:
     """Whether the kernel, which has no backward, knows these blocks and dtypes and may serve.
 
     A head's channels must be those of one block, and in pairs.
+
+    Args:
+        query: Of the new tokens.
+        keys: What it reads.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled():
         return False
@@ -89,45 +93,63 @@ def setting_of(query: Float[Tensor, "b h q d"], keys: UnrotatedKeys) -> Hashable
     return query.device, query.dtype, query.shape[1], keys.factors.partition, *(size.bit_length() for size in sizes)
 
 
-def choice(
+def faster(
     query: Float[Tensor, "b h q d"],
     keys: UnrotatedKeys,
     fused: ScoreFunction,
     time: Callable[[ScoreFunction, Tensor, UnrotatedKeys], float],
 ) -> ScoreFunction:
-    """`fused` where it runs, agrees with `rotated_scores` and took less time; a failure is a warning."""
+    """`fused` where it runs, agrees with `rebuilt_scores` and took less time; a failure is a warning.
+
+    Args:
+        query: Scaled and rotated.
+        keys: What it reads.
+        fused: The kernel.
+        time: Of one way on these.
+    """
     from triton.errors import TritonError
 
     try:
-        agrees = agree(fused(query, keys), rotated_scores(query, keys))
+        agrees = agree(fused(query, keys), rebuilt_scores(query, keys))
     except (TritonError, CalledProcessError) as error:  # too little shared memory, no headers to compile with
         warnings.warn(f"torch computes scores, since the fused kernel does not run here: {error}", stacklevel=2)
-        return rotated_scores
+        return rebuilt_scores
     if not agrees:
         warnings.warn(
             "torch computes scores, since the fused kernel's differ from them. Please report it with the setting: "
             f"{torch.cuda.get_device_name() if query.is_cuda else query.device}, {setting_of(query, keys)}",
             stacklevel=2,
         )
-        return rotated_scores
-    return min((fused, rotated_scores), key=lambda scores: time(scores, query, keys))
+        return rebuilt_scores
+    return min((fused, rebuilt_scores), key=lambda way: time(way, query, keys))
 
 
-def agree(found: Float[Tensor, "b h q s"], expected: Float[Tensor, "b h q s"]) -> bool:
-    """Whether the first row's scores are the same but for rounding, wherever the expected ones are finite."""
-    row, bound = expected[0].float(), MAX_DIFFERENCE[found.dtype]
+def agree(scores: Float[Tensor, "b h q s"], expected: Float[Tensor, "b h q s"]) -> bool:
+    """Whether the first row's scores are the same but for rounding, wherever the expected ones are finite.
+
+    Args:
+        scores: One way's.
+        expected: The other's.
+    """
+    row, bound = expected[0].float(), MAX_DIFFERENCE[scores.dtype]
     places = row.isfinite()
-    difference = (found[0].float() - row).where(places, 0).abs().max()
+    difference = (scores[0].float() - row).where(places, 0).abs().max()
     return bool(difference <= bound * row.where(places, 0).abs().max())
 
 
-def milliseconds(scores: ScoreFunction, query: Float[Tensor, "b h q d"], keys: UnrotatedKeys) -> float:
-    """Of some repetitions on the current GPU, after one that fills its caches."""
-    scores(query, keys)
+def milliseconds(way: ScoreFunction, query: Float[Tensor, "b h q d"], keys: UnrotatedKeys) -> float:
+    """Of some repetitions on the current GPU, after one that fills its caches.
+
+    Args:
+        way: To compute scores.
+        query: Scaled and rotated.
+        keys: What it reads.
+    """
+    way(query, keys)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(REPETITIONS):
-        scores(query, keys)
+        way(query, keys)
     end.record()
     end.synchronize()
     return start.elapsed_time(end)

@@ -1,14 +1,22 @@
-"""Scores of keys whose pairs of channels turn slowly, from queries absorbed at a few slots of every span.
+"""Scores of keys that must be rotated, some of them interpolated.
 
-Over a span of slots a slow pair's rotation is a smooth curve, and so is the query that its latents would be read by.
-The query is absorbed at a few slots, the nodes, and its dot products with the latents are interpolated between them.
-Only the fast pairs of the keys are rebuilt: 22 of 64 with LLaMA-3's rotation. It takes fewer products where few query
-heads read a kv head: with LLaMA-3-8B's four to one nothing is gained.
+Keys that were cached before the rotation must be rotated again for every query. On a CPU we rotate only the channel
+pairs that turn fast, and interpolate the scores of the slow ones; the error stays below that of rounding.
 
-Rebuilt keys are rotated by every slot's own angle, whose float32 rounding grows with the position; interpolated scores
-see that of the nodes. Either is as far from exact angles as the other (test_interpolated.py).
+How: at slot s a query q scores q . R_s U l_s = (U^T R_s^-1 q) . l_s, with l_s the latents, U the factors and R_s the
+rotation. Over a span of 512 slots R_s^-1 q is a smooth curve where pairs turn slowly. So the query is turned back and
+absorbs U at 12 slots of each span, the nodes, and a slot's score is the sum of what the nodes' queries score there, by
+Lagrange's weights: two small products in place of a rebuilt key.
 
-Shapes: H query heads, G kv heads, D head_dim, Q new tokens, S slots, K latents, P pairs, C spans, N nodes.
+When: 22 of 64 pairs are fast with LLaMA-3's rotation. It saves products where few query heads read a kv head; with
+LLaMA-3-8B's four to one nothing is gained.
+
+How well: a rebuilt key is rotated by its slot's angle, whose float32 rounding grows with the position; an interpolated
+score sees the rounding of the nodes' angles. Either is as far from exact angles as the other
+(tests/core/attention/scores/test_interpolated.py).
+
+Shapes: H query heads, G kv heads, D head_dim, E slow channels of a head, Q new tokens, S slots, K latents, P pairs,
+C spans, N nodes.
 """
 
 import math
@@ -18,8 +26,8 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from lorc_core.attention.scores.absorbed import apply_rotary, attention_scores
-from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rotated_scores
+from lorc_core.attention.scores.absorbed import attention_scores, rotate_pairs
+from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rebuilt_scores
 
 SPAN = 512  # slots
 NUM_NODES = 12
@@ -46,7 +54,12 @@ class Interpolation:
     first_pair: int
 
     def saves(self, query: Float[Tensor, "b h q d"], keys: UnrotatedKeys) -> bool:
-        """Whether it is faster than rebuilding: on a CPU, in float32, with one block, few query rows and many slots."""
+        """Whether it is faster than rebuilding: on a CPU, in float32, with one block, few query rows and many slots.
+
+        Args:
+            query: Of the new tokens.
+            keys: What it reads.
+        """
         float32 = query.dtype == keys.latents.dtype == torch.float32
         if query.device.type != "cpu" or not float32 or len(keys.factors.ranks) > 1 or keys.num_slots < SPAN:
             return False
@@ -59,7 +72,7 @@ class Interpolation:
 
 
 def interpolation_of(turns: Complex[Tensor, "1 s p"]) -> Interpolation:
-    """How to interpolate.
+    """How to interpolate the scores of one rotation.
 
     Args:
         turns: Of the first span of slots or more, on a CPU.
@@ -67,6 +80,7 @@ def interpolation_of(turns: Complex[Tensor, "1 s p"]) -> Interpolation:
     places = torch.arange(NUM_NODES, dtype=torch.float64)
     nodes = ((1 - torch.cos((2 * places + 1) * math.pi / (2 * NUM_NODES))) / 2 * (SPAN - 1)).round().long()  # Chebyshev
     weights = lagrange(nodes)
+    # A pair is slow where interpolation gives its own rotation back; any span is the first one, turned as a whole.
     curves = turns[0, :SPAN].to(torch.complex128)
     errors = (weights.T.to(curves.dtype) @ curves[nodes] - curves).abs().amax(0) / curves.abs().amax(0)
     fast = (errors > MAX_ERROR).nonzero()
@@ -77,35 +91,45 @@ def interpolation_of(turns: Complex[Tensor, "1 s p"]) -> Interpolation:
 def lagrange(nodes: Int[Tensor, " n"]) -> Float[Tensor, "n span"]:
     """Lagrange's polynomials of the nodes at every slot of a span, in float64."""
     slots, others = torch.arange(SPAN, dtype=torch.float64), nodes.double()
-    found = torch.ones(len(nodes), SPAN, dtype=torch.float64)
+    polynomials = torch.ones(len(nodes), SPAN, dtype=torch.float64)
     for idx, node in enumerate(others):
         rest = torch.cat([others[:idx], others[idx + 1 :]])
-        found[idx] = ((slots[:, None] - rest) / (node - rest)).prod(-1)
-    return found
+        polynomials[idx] = ((slots[:, None] - rest) / (node - rest)).prod(-1)
+    return polynomials
 
 
-def slot_scores(query: Float[Tensor, "b h q d"], keys: UnrotatedKeys, slow: Interpolation) -> Float[Tensor, "b h q s"]:
-    """`rotated_scores` of slots in a row; the last ones, where they are no whole span, are rebuilt.
+def interpolated_scores(
+    query: Float[Tensor, "b h q d"], keys: UnrotatedKeys, interpolation: Interpolation
+) -> Float[Tensor, "b h q s"]:
+    """`rebuilt_scores` of slots in a row; the last ones, where they are no whole span, are rebuilt.
 
     Args:
-        query: Rotated, with the channels of a pair side by side.
+        query: Scaled and rotated, with the channels of a pair side by side.
         keys: Of one block, a span of slots or more, with the turns of slots in a row.
-        slow: Of those turns.
+        interpolation: Of those turns.
     """
     whole = keys.num_slots // SPAN * SPAN
     spans = keys.part(slice(whole))
     rows = [
-        span_scores(row, replace(spans, latents=latents[None]), slow)
+        span_scores(row, replace(spans, latents=latents[None]), interpolation)
         for row, latents in zip(query, spans.latents, strict=True)
     ]
-    rest = rotated_scores(query, keys.part(slice(whole, None)))
+    rest = rebuilt_scores(query, keys.part(slice(whole, None)))
     return torch.cat([torch.stack(rows), rest], dim=-1)
 
 
-def span_scores(query: Float[Tensor, "h q d"], keys: UnrotatedKeys, slow: Interpolation) -> Float[Tensor, "h q s"]:
-    """Of one row and whole spans, some of them at a time."""
+def span_scores(
+    query: Float[Tensor, "h q d"], keys: UnrotatedKeys, interpolation: Interpolation
+) -> Float[Tensor, "h q s"]:
+    """Of one row and whole spans, some of them at a time.
+
+    Args:
+        query: Scaled and rotated, with the channels of a pair side by side.
+        keys: Of one row.
+        interpolation: Of its turns.
+    """
     latents, turns, offset = keys.latents[0, 0], keys.turns[0], keys.offset
-    num_fast, head_dim = 2 * slow.first_pair, query.shape[-1]
+    num_fast, head_dim = 2 * interpolation.first_pair, query.shape[-1]
     up = keys.factors.up.unflatten(0, (-1, head_dim))  # G D K
     shift = up.new_zeros(up.shape[:2]) if offset is None else offset.view(up.shape[:2])
     up_fast, up_slow = up[:, :num_fast].flatten(0, 1), up[:, num_fast:].contiguous()
@@ -113,11 +137,13 @@ def span_scores(query: Float[Tensor, "h q d"], keys: UnrotatedKeys, slow: Interp
     scores = query.new_empty(*query.shape[:2], len(latents))
     for start in range(0, len(latents), step):
         part = slice(start, start + step)
-        fast = torch.addmm(shift[:, :num_fast].flatten(), latents[part], up_fast.T)
-        fast = apply_rotary(fast.view(-1, len(up), num_fast), turns[part, None, : slow.first_pair], may_overwrite=True)
-        of_fast = attention_scores(query[None, ..., :num_fast], fast.transpose(0, 1)[None])[0]
-        scores[..., part] = of_fast + slow_scores(
-            query[..., num_fast:], latents[part], up_slow, shift[:, num_fast:], turns[part], slow
+        # The fast channels of the keys, rebuilt and rotated as `rebuilt_scores` does all of them.
+        fast_keys = torch.addmm(shift[:, :num_fast].flatten(), latents[part], up_fast.T)
+        fast_turns = turns[part, None, : interpolation.first_pair]
+        fast_keys = rotate_pairs(fast_keys.view(-1, len(up), num_fast), fast_turns, may_overwrite=True)
+        fast_scores = attention_scores(query[None, ..., :num_fast], fast_keys.transpose(0, 1)[None])[0]
+        scores[..., part] = fast_scores + slow_scores(
+            query[..., num_fast:], latents[part], up_slow, shift[:, num_fast:], turns[part], interpolation
         )
     return scores
 
@@ -128,14 +154,27 @@ def slow_scores(
     up: Float[Tensor, "g e k"],
     shift: Float[Tensor, "g e"],
     turns: Complex[Tensor, "s p"],
-    slow: Interpolation,
+    interpolation: Interpolation,
 ) -> Float[Tensor, "h q s"]:
-    """Dot products over the E slow channels of every head."""
-    spans = latents.unflatten(0, (-1, SPAN))  # C L K
-    back = turns.unflatten(0, (-1, SPAN))[:, slow.nodes, slow.first_pair :].conj()  # C N P
-    at_nodes = apply_rotary(query[:, :, None, None].expand(-1, -1, *back.shape[:2], -1), back)  # H Q C N E
+    """Dot products over the slow channels of every head.
+
+    Args:
+        query: Scaled and rotated; its slow channels.
+        latents: Of whole spans.
+        up: The rows of the slow channels.
+        shift: What the slow channels of rebuilt keys lack.
+        turns: Of every slot, all pairs.
+        interpolation: Of those turns.
+    """
+    spans = latents.unflatten(0, (-1, SPAN))  # C L K, L slots of a span
+    # The query, turned back by the rotation of every node of every span. A scaled rotation (yarn) scales keys once,
+    # and so does its conjugate.
+    back = turns.unflatten(0, (-1, SPAN))[:, interpolation.nodes, interpolation.first_pair :].conj()  # C N P
+    at_nodes = rotate_pairs(query[:, :, None, None].expand(-1, -1, *back.shape[:2], -1), back)  # H Q C N E
     by_kv_head = at_nodes.reshape(len(up), -1, query.shape[-1])
+    # It absorbs the factors, and the offset as a constant of each node.
     absorbed = (by_kv_head @ up).view(-1, *back.shape[:2], latents.shape[-1]).transpose(0, 1)  # C HQ N K
     shifts = (by_kv_head @ shift[..., None]).view(-1, *back.shape[:2], 1).transpose(0, 1)
-    found = (absorbed.flatten(1, 2) @ spans.mT).view(*absorbed.shape[:3], SPAN) + shifts  # C HQ N L
-    return (found * slow.weights).sum(2).transpose(0, 1).reshape(*query.shape[:2], -1)
+    # What every node's query scores at every slot of its span, and of these the weighted sum over nodes.
+    node_scores = (absorbed.flatten(1, 2) @ spans.mT).view(*absorbed.shape[:3], SPAN) + shifts  # C HQ N L
+    return (node_scores * interpolation.weights).sum(2).transpose(0, 1).reshape(*query.shape[:2], -1)

@@ -1,7 +1,7 @@
 """Keys that are cached before the rotation: rebuilt and rotated a few at a time to be read.
 
-Shapes: B batch, H query heads, D head_dim, Q new tokens, S cached and new tokens, N kv_width, K latents of all blocks,
-P pairs of rotated channels.
+Shapes: B batch, H query heads, G kv heads, D head_dim, Q new tokens, S cached and new tokens, N kv_width, K latents of
+all blocks, P pairs of rotated channels.
 """
 
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from lorc_core.attention.scores.absorbed import apply_rotary, attention_scores
+from lorc_core.attention.scores.absorbed import attention_scores, rotate_pairs
 from lorc_core.decomposition.factors import Factors
 
 # Rebuilt keys held at once: few enough to stay in a CPU's caches, or to be little beside an accelerator's memory.
@@ -25,7 +25,7 @@ class UnrotatedKeys:
         latents: The cache.
         factors: With the channels of a pair side by side.
         offset: What rebuilt keys lack.
-        turns: Of every slot.
+        turns: The rotation of every slot.
     """
 
     latents: Float[Tensor, "b 1 s k"]
@@ -35,6 +35,7 @@ class UnrotatedKeys:
 
     @property
     def num_slots(self) -> int:
+        """S."""
         return self.latents.shape[2]
 
     def part(self, slots: slice) -> "UnrotatedKeys":
@@ -42,14 +43,23 @@ class UnrotatedKeys:
         return replace(self, latents=self.latents[:, :, slots], turns=self.turns[:, slots])
 
     def rotated(self, head_dim: int) -> Float[Tensor, "b s g d"]:
-        """Whole keys, as they are read."""
+        """Whole keys, as they are read.
+
+        Args:
+            head_dim: D.
+        """
         keys = self.factors.rebuild(self.latents.squeeze(1))
         keys = keys if self.offset is None else keys + self.offset
-        return apply_rotary(keys.unflatten(-1, (-1, head_dim)), self.turns[:, :, None], may_overwrite=True)
+        return rotate_pairs(keys.unflatten(-1, (-1, head_dim)), self.turns[:, :, None], may_overwrite=True)
 
 
-def rotated_scores(query: Float[Tensor, "b h q d"], keys: UnrotatedKeys) -> Float[Tensor, "b h q s"]:
-    """Dot products of rotated queries, the channels of a pair side by side, with keys a chunk at a time."""
+def rebuilt_scores(query: Float[Tensor, "b h q d"], keys: UnrotatedKeys) -> Float[Tensor, "b h q s"]:
+    """Dot products of queries with keys that are rebuilt and rotated, a chunk of slots at a time.
+
+    Args:
+        query: Scaled and rotated, with the channels of a pair side by side.
+        keys: What it reads.
+    """
     scores = query.new_empty(*query.shape[:3], keys.num_slots)
     chunk_bytes = CPU_CHUNK_BYTES if query.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
     slot_bytes = len(query) * keys.factors.partition.kv_width * max(keys.latents.element_size(), 4)

@@ -15,10 +15,15 @@ from lorc_core.model.rotation import LayerRotation
 
 @dataclass(frozen=True)
 class SlotTable:
-    """The turns of slots 0 .. S - 1, as if slots were positions, and how slow ones are interpolated, on a CPU."""
+    """The turns of slots 0 .. S - 1, as if slots were positions.
+
+    Attributes:
+        turns: In float32 or float64.
+        interpolation: How scores by these turns are interpolated; None but on a CPU.
+    """
 
     turns: Complex[Tensor, "1 s p"]
-    slow: Interpolation | None
+    interpolation: Interpolation | None
 
 
 class SlotTurns:
@@ -34,7 +39,13 @@ class SlotTurns:
         self._tables: dict[tuple[LayerRotation, torch.device, torch.dtype], SlotTable] = {}
 
     def at(self, rotation: LayerRotation, like: Float[Tensor, "b h q d"], num_slots: int) -> SlotTable:
-        """The turns of no fewer than the first `num_slots` slots."""
+        """The turns of no fewer than the first `num_slots` slots.
+
+        Args:
+            rotation: Of a layer.
+            like: On the device and of the precision that they are for.
+            num_slots: That will be read.
+        """
         key = (rotation, like.device, torch.promote_types(like.dtype, torch.float32))
         table = self._tables.get(key)
         if table is None or table.turns.shape[1] < num_slots:
@@ -42,6 +53,6 @@ class SlotTurns:
             with torch.inference_mode(mode=False):  # it may serve training later
                 positions = torch.arange(length, device=like.device)[None]
                 turns = rotation(torch.empty(0, device=key[1], dtype=key[2]), positions).turns()
-                slow = interpolation_of(turns) if turns.device.type == "cpu" else None
-                self._tables[key] = table = SlotTable(turns, slow)
+                interpolation = interpolation_of(turns) if turns.device.type == "cpu" else None
+                self._tables[key] = table = SlotTable(turns, interpolation)
         return table

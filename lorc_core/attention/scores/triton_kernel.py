@@ -1,6 +1,6 @@
 """Scores from latents in one Triton kernel: rebuilt and rotated keys stay in registers.
 
-`score_choice` decides where it is used; this file imports Triton, which builds of torch without CUDA do not bring.
+`choice` decides where it is used; this file imports Triton, which builds of torch without CUDA do not bring.
 
 Shapes: B batch, H query heads, D head_dim, Q new tokens, S cached and new tokens, C blocks and one.
 """
@@ -93,20 +93,21 @@ def score_kernel(
     for begin in range(0, num_rows, ROWS):
         rows = begin + tl.arange(0, ROWS)
         is_row = rows < num_rows
-        asked = is_pair[:, None] & is_row[None, :]
+        is_read = is_pair[:, None] & is_row[None, :]
         row = query + (before + rows)[None, :] * HEAD_DIM + 2 * pairs[:, None]
-        found = tl.dot(real, tl.load(row, mask=asked, other=0.0), input_precision="ieee")
-        found = tl.dot(imaginary, tl.load(row + 1, mask=asked, other=0.0), found, input_precision="ieee")
+        tile_scores = tl.dot(real, tl.load(row, mask=is_read, other=0.0), input_precision="ieee")
+        imaginary_row = tl.load(row + 1, mask=is_read, other=0.0)
+        tile_scores = tl.dot(imaginary, imaginary_row, tile_scores, input_precision="ieee")
         place = scores + (before + rows)[None, :] * kv_len + slots[:, None]
-        tl.store(place, found.to(dtype), mask=is_slot[:, None] & is_row[None, :])
+        tl.store(place, tile_scores.to(dtype), mask=is_slot[:, None] & is_row[None, :])
 
 
-def fused_rotated_scores(query: Float[Tensor, "b h q d"], keys: UnrotatedKeys) -> Float[Tensor, "b h q s"]:
-    """What `rotated_scores` gives, but for rounding: rebuilt keys are rounded once, after the rotation.
+def fused_scores(query: Float[Tensor, "b h q d"], keys: UnrotatedKeys) -> Float[Tensor, "b h q s"]:
+    """What `rebuilt_scores` gives, but for rounding: rebuilt keys are rounded once, after the rotation.
 
     Args:
         query: Rotated, with the channels of a pair side by side.
-        keys: Such as `score_choice.can_fuse` accepts.
+        keys: Such as `choice.can_fuse` accepts.
 
     Raises:
         OutOfResources: The device has too little shared memory for the tiles.

@@ -134,7 +134,7 @@ def test_a_wrong_key_position_is_seen(monkeypatch):
     """The control: keys rotated by their slots as if nothing had been cached before fail the bound."""
 
     def wrong(state, call, query, key):
-        call.past = 0
+        call.num_cached = 0
         return turns_of(state, call, query, key)
 
     monkeypatch.setattr("lorc_core.attention.latent_attention.turns_of", wrong)

@@ -399,7 +399,7 @@ def test_query_weights_are_those_that_make_the_observed_queries(name):
         one_pass(model, tokens(model, columns=5), use_cache=False)
     for idx, one in enumerate(seen):
         weight, bias = (read(source, architecture, idx, "q") for read in (read_weight, read_bias))
-        expected = torch.nn.functional.linear(one.inputs, weight, bias).flatten()
+        expected = torch.nn.functional.linear(one.hidden_states, weight, bias).flatten()
         found = one.query.transpose(1, 2).flatten()
         assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 1 - 1e-6
 
@@ -526,7 +526,7 @@ def test_a_wrong_position_is_seen(name, monkeypatch):
     for module, function in (("latent_attention", turns_of), ("self_attending", key_rotation)):
 
         def wrong(state, call, *args, right=function):
-            call.past = 0
+            call.num_cached = 0
             return right(state, call, *args)
 
         monkeypatch.setattr(f"lorc_core.attention.{module}.{function.__name__}", wrong)

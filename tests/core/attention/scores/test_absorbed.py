@@ -10,13 +10,13 @@ from transformers import DynamicCache
 import lorc_core
 import lorc_core.attention.scores.rebuilt
 from lorc_core.attention.scores.absorbed import (
-    apply_rotary,
     attend_values,
     attention_scores,
     attention_weights,
     latent_reader,
+    rotate_pairs,
 )
-from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rotated_scores
+from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rebuilt_scores
 from lorc_core.caches.growing import GrowingCache, GrowingLayer
 from lorc_core.decomposition.factors import Factors
 from lorc_core.model.blocks import Partition
@@ -101,8 +101,8 @@ def test_rotated_scores_are_those_of_rebuilt_and_rotated_keys(name, num_channels
     def found(order):
         own = factors if order is None else factors.reordered(order)
         in_order = offset if order is None else offset.unflatten(0, (KV_HEADS, -1))[:, order].flatten()
-        rotated = apply_rotary(query if order is None else query[..., order], queries_at.turns()[:, None])
-        return rotated_scores(rotated, UnrotatedKeys(latents, own, in_order, keys_at.turns()))
+        rotated = rotate_pairs(query if order is None else query[..., order], queries_at.turns()[:, None])
+        return rebuilt_scores(rotated, UnrotatedKeys(latents, own, in_order, keys_at.turns()))
 
     assert_same(found(layer.pair_order(HEAD_DIM)), expected)
     if not interleaved:  # the control: channels left as they come
@@ -114,16 +114,16 @@ def test_turns_are_made_anew_for_what_must_not_be_overwritten():
     states = random(1, 2, 5, HEAD_DIM)
     kept = states.clone()
     expected = rotate(states, rotation)
-    assert_same(apply_rotary(states, rotation.turns()[:, None]), expected)
+    assert_same(rotate_pairs(states, rotation.turns()[:, None]), expected)
     assert torch.equal(states, kept)
-    assert_same(apply_rotary(states, rotation.turns()[:, None], may_overwrite=True), expected)
+    assert_same(rotate_pairs(states, rotation.turns()[:, None], may_overwrite=True), expected)
     assert_same(states, expected)
 
 
 def test_turns_of_half_precision_are_computed_in_float32():
     rotation = Rotation(torch.ones(1, 3, 4).bfloat16(), torch.zeros(1, 3, 4).bfloat16(), interleaved=False)
     assert rotation.turns().dtype == torch.complex64
-    assert apply_rotary(torch.ones(1, 3, 6).bfloat16(), rotation.turns()).dtype == torch.bfloat16
+    assert rotate_pairs(torch.ones(1, 3, 6).bfloat16(), rotation.turns()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -24,8 +24,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import lorc_core
 from lorc_core.attention.scores import interpolated as interpolation
-from lorc_core.attention.scores.interpolated import SPAN, interpolation_of, slot_scores
-from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rotated_scores
+from lorc_core.attention.scores.interpolated import SPAN, interpolated_scores, interpolation_of
+from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rebuilt_scores
 from lorc_core.decomposition.factors import Factors
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.blocks import Partition
@@ -77,7 +77,7 @@ def case(turns, num_kv_heads=HEADS, q_len=1, rows=1, shifted=True):
 def exact(query, keys):
     offset = None if keys.offset is None else keys.offset.double()
     factors, turns = keys.factors.to("cpu", torch.float64), keys.turns.to(torch.complex128)
-    return rotated_scores(query.double(), UnrotatedKeys(keys.latents.double(), factors, offset, turns))
+    return rebuilt_scores(query.double(), UnrotatedKeys(keys.latents.double(), factors, offset, turns))
 
 
 def error(found, expected):
@@ -102,16 +102,16 @@ def error(found, expected):
 def test_interpolated_scores_are_those_of_rebuilt_keys(facts, about_turns, shifted, step_bytes, monkeypatch):
     monkeypatch.setattr(interpolation, "STEP_BYTES", step_bytes)
     given = case(turns := turns_of_slots(**about_turns), shifted=shifted, **facts)
-    slow = interpolation_of(turns)
-    assert 0 < slow.first_pair < HEAD_DIM // 2
-    assert error(slot_scores(*given, slow), exact(*given)) < BOUND
+    rule = interpolation_of(turns)
+    assert 0 < rule.first_pair < HEAD_DIM // 2
+    assert error(interpolated_scores(*given, rule), exact(*given)) < BOUND
 
 
 def test_scores_where_every_pair_is_slow():
     given = case(turns := torch.ones(1, SLOTS, HEAD_DIM // 2, dtype=torch.complex64))
-    slow = interpolation_of(turns)
-    assert slow.first_pair == 1
-    assert error(slot_scores(*given, slow), exact(*given)) < BOUND
+    rule = interpolation_of(turns)
+    assert rule.first_pair == 1
+    assert error(interpolated_scores(*given, rule), exact(*given)) < BOUND
 
 
 @pytest.mark.parametrize("base", [1e4, 5e5])
@@ -122,8 +122,8 @@ def test_scores_by_a_models_own_angles_are_no_farther_from_exact_ones_than_by_re
     table = rotation(torch.zeros(1), torch.arange(first_slot + SLOTS)[None]).turns()
     query, keys = case(table[:, first_slot:])
     expected = exact(query, replace(keys, turns=turns_of_slots(base, first_slot=first_slot)))
-    by_rebuilding = error(rotated_scores(query, keys), expected)
-    by_interpolation = error(slot_scores(query, keys, interpolation_of(table)), expected)
+    by_rebuilding = error(rebuilt_scores(query, keys), expected)
+    by_interpolation = error(interpolated_scores(query, keys, interpolation_of(table)), expected)
     assert by_interpolation < 1.1 * by_rebuilding + BOUND
 
 
@@ -138,23 +138,23 @@ def test_scores_by_a_models_own_angles_are_no_farther_from_exact_ones_than_by_re
 def test_controls_exceed_the_bound(wrong):
     given = case(turns := turns_of_slots(5e5))
     right = interpolation_of(turns)
-    assert error(slot_scores(*given, right), exact(*given)) < BOUND
-    assert error(slot_scores(*given, wrong(right)), exact(*given)) > 50 * BOUND
+    assert error(interpolated_scores(*given, right), exact(*given)) < BOUND
+    assert error(interpolated_scores(*given, wrong(right)), exact(*given)) > 50 * BOUND
 
 
 def test_interpolation_is_left_where_it_saves_nothing(monkeypatch):
     query, keys = case(turns := turns_of_slots(5e5))
-    slow = interpolation_of(turns)
-    assert not slow.saves(query, keys)  # too little work
+    rule = interpolation_of(turns)
+    assert not rule.saves(query, keys)  # too little work
     monkeypatch.setattr(interpolation, "MIN_PRODUCTS", 0)
-    assert slow.saves(query, keys)
-    assert not slow.saves(query, keys.part(slice(2 * SPAN - 1)))  # half of them left over
-    assert not slow.saves(query.bfloat16(), replace(keys, latents=keys.latents.bfloat16()))
-    assert not slow.saves(query.double(), replace(keys, latents=keys.latents.double()))
-    assert not slow.saves(query, keys.part(slice(SPAN - 1)))
-    assert not slow.saves(query.expand(-1, -1, 4, -1), keys)  # as many products as keys have
+    assert rule.saves(query, keys)
+    assert not rule.saves(query, keys.part(slice(2 * SPAN - 1)))  # half of them left over
+    assert not rule.saves(query.bfloat16(), replace(keys, latents=keys.latents.bfloat16()))
+    assert not rule.saves(query.double(), replace(keys, latents=keys.latents.double()))
+    assert not rule.saves(query, keys.part(slice(SPAN - 1)))
+    assert not rule.saves(query.expand(-1, -1, 4, -1), keys)  # as many products as keys have
     halves = Factors(Partition("group(2)", HEADS, HEAD_DIM), (20, 20), random(2 * HEAD_DIM, 40), None, None)
-    assert not slow.saves(query, replace(keys, factors=halves))
+    assert not rule.saves(query, replace(keys, factors=halves))
 
 
 @pytest.mark.parametrize("name", LARGE_HEADS)

@@ -13,8 +13,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorc_core.attention.scores.choice import CHOICES, MAX_DIFFERENCE, agree, can_fuse, choice, key_scores
-from lorc_core.attention.scores.rebuilt import rotated_scores
+from lorc_core.attention.scores.choice import CHOICES, MAX_DIFFERENCE, agree, can_fuse, faster, key_scores
+from lorc_core.attention.scores.rebuilt import rebuilt_scores
 from lorc_core.model.blocks import Partition
 from tests.scores import CACHED, CASES, Case, difference, in_float32
 
@@ -26,9 +26,9 @@ BOUNDS = {torch.float32: 3e-6, torch.float16: 2.4e-3}
 
 INTERPRETED = """
 import sys, torch
-from lorc_core.attention.scores.triton_kernel import fused_rotated_scores
+from lorc_core.attention.scores.triton_kernel import fused_scores
 cases = torch.load(sys.argv[1], weights_only=False)
-torch.save({name: fused_rotated_scores(*arguments) for name, arguments in cases.items()}, sys.argv[2])
+torch.save({name: fused_scores(*arguments) for name, arguments in cases.items()}, sys.argv[2])
 """
 
 
@@ -47,7 +47,7 @@ def fused(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_fused_scores_are_those_of_rebuilt_and_rotated_keys(name, fused):
-    expected = rotated_scores(*in_float32(*CASES[name].arguments()))
+    expected = rebuilt_scores(*in_float32(*CASES[name].arguments()))
     assert fused[name].dtype == CASES[name].dtype
     assert difference(fused[name], expected) < BOUNDS[CASES[name].dtype]
 
@@ -59,9 +59,9 @@ def test_the_controls_are_seen(name, fused):
     by_head = keys.offset.unflatten(0, (-1, len(apart)))[:, apart].flatten()
     other_pairs = replace(keys, factors=keys.factors.reordered(apart), offset=by_head)
     wrong = {
-        "no offset": rotated_scores(query, replace(keys, offset=None)),
-        "the next slot's turn": rotated_scores(query, replace(keys, turns=keys.turns.roll(-1, dims=1))),
-        "other pairs": rotated_scores(query[..., apart], other_pairs),
+        "no offset": rebuilt_scores(query, replace(keys, offset=None)),
+        "the next slot's turn": rebuilt_scores(query, replace(keys, turns=keys.turns.roll(-1, dims=1))),
+        "other pairs": rebuilt_scores(query[..., apart], other_pairs),
     }
     for expected in wrong.values():
         assert difference(fused[name], expected) > 0.1
@@ -159,32 +159,32 @@ def test_what_may_not_fuse_now():
 @torch.no_grad()
 def test_on_a_cpu_the_kernel_does_not_serve():
     query, keys = Case().arguments()
-    assert torch.equal(key_scores(query, keys, None), rotated_scores(query, keys))
+    assert torch.equal(key_scores(query, keys, None), rebuilt_scores(query, keys))
     assert CHOICES == {}
 
 
 def also_torch(query, keys):
-    return rotated_scores(query, keys)
+    return rebuilt_scores(query, keys)
 
 
-@pytest.mark.parametrize(("fused_ms", "serves"), [(1.0, also_torch), (3.0, rotated_scores)])
+@pytest.mark.parametrize(("fused_ms", "serves"), [(1.0, also_torch), (3.0, rebuilt_scores)])
 def test_the_faster_of_two_that_agree_serves(fused_ms, serves):
-    times = {also_torch: fused_ms, rotated_scores: 2.0}
-    assert choice(*Case().arguments(), also_torch, lambda scores, query, keys: times[scores]) is serves
+    times = {also_torch: fused_ms, rebuilt_scores: 2.0}
+    assert faster(*Case().arguments(), also_torch, lambda scores, query, keys: times[scores]) is serves
 
 
 def test_a_kernel_that_differs_or_does_not_run_is_a_warning_and_torch_serves():
     from triton.runtime.errors import OutOfResources
 
     def wrong(query, keys):
-        return rotated_scores(query, keys).roll(1)
+        return rebuilt_scores(query, keys).roll(1)
 
     def too_large(query, keys):
         raise OutOfResources(200, 100, "shared memory")
 
     for kernel, why in ((wrong, "differ"), (too_large, "shared memory")):
         with pytest.warns(UserWarning, match=why):
-            assert choice(*Case().arguments(), kernel, lambda *given: 1.0) is rotated_scores
+            assert faster(*Case().arguments(), kernel, lambda *given: 1.0) is rebuilt_scores
 
 
 @pytest.mark.parametrize("dtype", MAX_DIFFERENCE)
