@@ -1,4 +1,7 @@
-"""A dynamic cache that appends in place: no copy of everything cached for each new token."""
+"""A dynamic cache that appends in place: no copy of everything cached for each new token.
+
+Shapes: B batch, G heads of the keys, L of the values, Q new tokens, S cached and new tokens, D and R their sizes.
+"""
 
 from typing import Any
 
@@ -21,7 +24,17 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: Float[Tensor, "b g q d"], value_states: Float[Tensor, "b l q r"], *args: Any, **kwargs: Any
     ) -> tuple[Float[Tensor, "b g s d"], Float[Tensor, "b l s r"]]:
-        """Append new tokens, return all."""
+        """Append new tokens.
+
+        Args:
+            key_states: Of the new tokens.
+            value_states: Of the new tokens.
+            args: As `Cache.update` passes them on.
+            kwargs: As `Cache.update` passes them on.
+
+        Returns:
+            Keys and values of all tokens: views of the larger tensors.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None

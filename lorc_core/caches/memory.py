@@ -18,18 +18,29 @@ def cache_bytes(cache: Cache) -> int:
     Args:
         cache: `past_key_values` of a model output, of any layers that transformers has.
     """
-    tensors = list(held_tensors(cache))
-    storages = {(one.device, one.untyped_storage().data_ptr()): one.untyped_storage() for one in tensors}
+    storages = {}
+    for tensor in held_tensors(cache):
+        storage = tensor.untyped_storage()
+        storages[tensor.device, storage.data_ptr()] = storage
     return sum(storage.nbytes() for storage in storages.values())
 
 
 def bytes_per_token(floats_per_token: int, element_bytes: int) -> int:
-    """Cache bytes that one token of one sequence costs."""
+    """Cache bytes that one token of one sequence costs.
+
+    Args:
+        floats_per_token: Over all layers, keys and values.
+        element_bytes: Of the cache's dtype.
+    """
     return floats_per_token * element_bytes
 
 
 def full_floats_per_token(architecture: Architecture) -> int:
-    """Floats that the untouched model caches per token, over all layers, keys and values."""
+    """Floats that the untouched model caches per token, over all layers, keys and values.
+
+    Args:
+        architecture: Of the model.
+    """
     return len(KINDS) * architecture.kv_width * architecture.num_layers
 
 

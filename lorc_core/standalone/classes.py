@@ -31,7 +31,11 @@ class StandaloneConfig(PreTrainedConfig):
 
 @cache
 def config_class(base_type: str) -> type[PreTrainedConfig]:
-    """The config class of `lorc_<base_type>`."""
+    """The config class of `lorc_<base_type>`.
+
+    Args:
+        base_type: A model type that lorc knows, such as "llama".
+    """
     base = CONFIG_MAPPING[base_type]
     names = {"model_type": f"{PREFIX}{base_type}", "base_type": base_type, "__module__": __name__}
     return type(f"Lorc{base.__name__}", (StandaloneConfig, base), names)
@@ -39,7 +43,11 @@ def config_class(base_type: str) -> type[PreTrainedConfig]:
 
 @cache
 def model_class(base_type: str) -> "type[PreTrainedModel]":
-    """The causal language model of `lorc_<base_type>`."""
+    """The causal language model of `lorc_<base_type>`.
+
+    Args:
+        base_type: A model type that lorc knows, such as "llama".
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING  # here, since transformers' modelling code takes seconds
 
     return standalone_class(base_type, MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base_type]])
@@ -47,14 +55,23 @@ def model_class(base_type: str) -> "type[PreTrainedModel]":
 
 @cache
 def base_model_class(base_type: str) -> "type[PreTrainedModel]":
-    """The model of `lorc_<base_type>` without a head, whose output is hidden states."""
+    """The model of `lorc_<base_type>` without a head, whose output is hidden states.
+
+    Args:
+        base_type: A model type that lorc knows, such as "llama".
+    """
     from transformers import MODEL_MAPPING
 
     return standalone_class(base_type, MODEL_MAPPING[CONFIG_MAPPING[base_type]])
 
 
 def standalone_class(base_type: str, base: Any) -> "type[PreTrainedModel]":
-    """A model class of transformers with the factors inside; what it renames in checkpoints it renames in ours too."""
+    """A model class of transformers with the factors inside; what it renames in checkpoints it renames in ours too.
+
+    Args:
+        base_type: The model type of the base.
+        base: Its class.
+    """
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,

@@ -1,6 +1,6 @@
 """Projections folded into the weights that they follow, so that a model computes latents and never the states.
 
-Shapes: N kv_width, I in_features, K latents of all blocks.
+Shapes: N kv_width, I in_features, K latents of all blocks, W channels of a block.
 """
 
 from dataclasses import dataclass, replace
@@ -19,8 +19,10 @@ from lorc_core.model.channels import join_blocks, split_blocks
 class StandaloneFactors(Factors):
     """Factors that hold their offset, not the mean it came from, and may find their latents ready.
 
-    Where `folded`, states arrive as `LatentProjection` lays them out: each block's latents in the first of its
-    channels, zeros in the others.
+    Attributes:
+        constant: The offset.
+        folded: Whether states arrive as `LatentProjection` lays them out: each block's latents in the first of its
+            channels, zeros in the others.
     """
 
     constant: Float[Tensor, " n"] | None = None
@@ -36,16 +38,17 @@ class StandaloneFactors(Factors):
 
     @property
     def takes_channels(self) -> bool:
+        """Whether what is projected are the channels of heads, in their order."""
         return not self.folded
 
     def reordered(self, order: Int[Tensor, " d"]) -> "StandaloneFactors":
         """For states whose channels of every head stand in another order."""
-        found = super().reordered(order)
-        assert isinstance(found, StandaloneFactors)
+        reordered = super().reordered(order)
+        assert isinstance(reordered, StandaloneFactors)
         if self.constant is None:
-            return found
+            return reordered
         by_head = self.constant.unflatten(0, (self.partition.num_kv_heads, -1))
-        return replace(found, constant=by_head[:, order.to(by_head.device)].flatten())
+        return replace(reordered, constant=by_head[:, order.to(by_head.device)].flatten())
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "StandaloneFactors":
         """The same factors elsewhere, or in another precision."""
@@ -61,6 +64,7 @@ class StandaloneFactors(Factors):
         return torch.cat([block[..., :rank] for block, rank in zip(blocks, self.ranks, strict=True)], dim=-1)
 
     def offset(self) -> Float[Tensor, " n"] | None:
+        """What must be added to rebuilt states."""
         return self.constant
 
 
@@ -68,6 +72,12 @@ class LatentProjection(nn.Linear):
     """W' = down @ W and b' = down @ b in place of a projection, its latents laid out in the states' shape.
 
     The module around it takes them for states: each block's latents stand in the first of its channels.
+
+    Args:
+        in_features: Of the projection that it replaces.
+        partition: The blocks of the states.
+        ranks: Of each block.
+        bias: Whether it has one.
     """
 
     def __init__(self, in_features: int, partition: Partition, ranks: tuple[int, ...], bias: bool) -> None:
@@ -76,6 +86,7 @@ class LatentProjection(nn.Linear):
         self.ranks = ranks
 
     def forward(self, inputs: Float[Tensor, "... i"]) -> Float[Tensor, "... n"]:
+        """Latents, padded with zeros to the shape of states."""
         latents = linear(inputs, self.weight, self.bias).split(self.ranks, dim=-1)
         width = self.partition.width
         blocks = [pad(part, (0, width - rank)) for part, rank in zip(latents, self.ranks, strict=True)]
@@ -84,7 +95,13 @@ class LatentProjection(nn.Linear):
 
 @dataclass(frozen=True)
 class Folded:
-    """What is stored of one folded projection."""
+    """What is stored of one folded projection.
+
+    Attributes:
+        weight: Of the projection: down W.
+        bias: Of the projection: down b.
+        constant: What rebuilt states lack.
+    """
 
     weight: Float[Tensor, "k i"]
     bias: Float[Tensor, " k"] | None
@@ -96,6 +113,11 @@ def fold(weight: Float[Tensor, "n i"], bias: Float[Tensor, " n"] | None, factors
 
     The constant is what rebuilt states lack: with m the factors' mean and b the bias, m - up (down (m - b) + b'), with
     `up` and b' as they are stored.
+
+    Args:
+        weight: Of the projection, (out_features, in_features).
+        bias: Of the projection.
+        factors: Of its outputs.
     """
     exact = factors.to(weight.device, torch.float64)
     folded_weight = exact.project_down(weight.double().T).T.to(weight.dtype)

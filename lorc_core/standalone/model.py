@@ -20,7 +20,12 @@ from lorc_core.standalone.settings import PREFIX, Settings, StoredFactors
 
 
 class FactorTensors(nn.Module):
-    """The tensors of one layer's keys or values, where the model's weights are; fine-tuning leaves them alone."""
+    """The tensors of one layer's keys or values, where the model's weights are; fine-tuning leaves them alone.
+
+    Args:
+        stored: Which tensors there are.
+        architecture: Of the base model.
+    """
 
     def __init__(self, stored: StoredFactors, architecture: Architecture) -> None:
         super().__init__()
@@ -47,7 +52,16 @@ class FactorTensors(nn.Module):
 
 
 class StandaloneModel(PreTrainedModel):
-    """Mixed into a model class of transformers: its cache holds latents, by itself."""
+    """Mixed into a model class of transformers: its cache holds latents, by itself.
+
+    Args:
+        config: Of an export, with a `lorc` field.
+        args: Of the class that this is mixed into.
+        kwargs: Of the class that this is mixed into.
+
+    Raises:
+        ArtifactError: The config has no such field, or of another schema.
+    """
 
     base_class: ClassVar[type[PreTrainedModel]]
 
@@ -64,15 +78,16 @@ class StandaloneModel(PreTrainedModel):
 
     def _owners_of_layers(self) -> list[nn.Module]:
         """The base model and what it holds down to the list of layers: OPT's head calls the decoder past its owner."""
-        found, path = [], self.lorc_settings.architecture.attention_module(0).split(".")
+        owners, path = [], self.lorc_settings.architecture.attention_module(0).split(".")
         for depth in range(len(path)):
             module = self.base_model.get_submodule(".".join(path[:depth]))
             if isinstance(module, nn.ModuleList):
                 break
-            found.append(module)
-        return found
+            owners.append(module)
+        return owners
 
     def _insert(self, layer_idx: int, kind: Kind, stored: StoredFactors) -> None:
+        """Make room for one layer's factors, so that the checkpoint's tensors find their places."""
         architecture = self.lorc_settings.architecture
         module = self.base_model.get_submodule(architecture.attention_module(layer_idx))
         tensors = FactorTensors(stored, architecture)
@@ -85,28 +100,33 @@ class StandaloneModel(PreTrainedModel):
             self.base_model.set_submodule(path, projection)
 
     def _stored(self) -> list[KeysValues[FactorTensors | None]]:
-        architecture, found = self.lorc_settings.architecture, []
+        """The factors' tensors of each layer, as they are now."""
+        architecture, layers = self.lorc_settings.architecture, []
         for layer_idx, layer in enumerate(self.lorc_settings.layers):
             module = self.base_model.get_submodule(architecture.attention_module(layer_idx))
-            found.append(KeysValues(*(getattr(module, factors_name(kind)) if layer[kind] else None for kind in KINDS)))
-        return found
+            layers.append(KeysValues(*(getattr(module, factors_name(kind)) if layer[kind] else None for kind in KINDS)))
+        return layers
 
     def _attach_before(self, *_: Any) -> None:
         """Forward pre-hook."""
         self.attach_factors()
 
     def attach_factors(self) -> None:
-        """Attach the factors, again where they were moved, cast, replaced or written to since."""
+        """Attach the factors, again where they were moved, cast, replaced or written to since.
+
+        Raises:
+            ConfigError: Some are offloaded.
+        """
         stored = self._stored()
-        tensors = [one.up for layer in stored for one in layer if one is not None]
-        placed_at = [(one.device, one.dtype, id(one), None if one.is_inference() else one._version) for one in tensors]
+        ups = [tensors.up for layer in stored for tensors in layer if tensors is not None]
+        placed_at = [(up.device, up.dtype, id(up), None if up.is_inference() else up._version) for up in ups]
         if placed_at == self.__dict__["_lorc_placed_at"]:
             return
-        if any(one.device.type == "meta" for one in tensors):
+        if any(up.device.type == "meta" for up in ups):
             raise ConfigError("an exported variant cannot be offloaded to CPU or disk; place all of it on devices")
         self.detach_factors()
         factors: list[LayerFactors] = [
-            layer.map(lambda one: one.factors() if one is not None else None) for layer in stored
+            layer.map(lambda tensors: tensors.factors() if tensors is not None else None) for layer in stored
         ]
         Attachment(self, self.lorc_settings.architecture, factors)
         self.__dict__["_lorc_placed_at"] = placed_at

@@ -18,7 +18,11 @@ SETTINGS = "lorc"  # the field
 
 
 def published_base(base: BaseModel) -> dict[str, str | None]:
-    """What an export's config says of its base model: of a directory, the name and not the path on this machine."""
+    """What an export's config says of its base model: of a directory, the name and not the path on this machine.
+
+    Args:
+        base: As the variant knows it.
+    """
     if base.source.startswith("/"):
         return {"source": Path(base.source).name, "fingerprint": base.fingerprint}
     return asdict(base)
@@ -38,7 +42,13 @@ def auto_map(module_file: str, **classes: type) -> dict[str, str]:
 class StoredFactors:
     """What a checkpoint holds of the factors of one layer's keys or values.
 
-    `own_down` and `constant` say whether there are such tensors.
+    Attributes:
+        block: Of the partition.
+        ranks: Of each block.
+        rotated: Whether keys are projected after the rotation.
+        folded: Whether the down-projection is folded into the projection.
+        own_down: Whether there is a tensor of that name.
+        constant: Whether there is a tensor of that name.
     """
 
     block: str
@@ -56,7 +66,12 @@ class StoredFactors:
 
 @dataclass(frozen=True)
 class Settings:
-    """A standalone checkpoint's `lorc` field."""
+    """A standalone checkpoint's `lorc` field.
+
+    Attributes:
+        architecture: Of the base model.
+        layers: What is stored of each; None where the full width is kept.
+    """
 
     architecture: Architecture
     layers: tuple[KeysValues[StoredFactors | None], ...]
@@ -64,6 +79,9 @@ class Settings:
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "Settings":
         """Read from a config.
+
+        Args:
+            config: Of a standalone checkpoint.
 
         Raises:
             ArtifactError: The field is absent, or of another schema.
