@@ -27,16 +27,9 @@ if TYPE_CHECKING:
     from lorc_core.loading import load
     from lorc_core.methods import METHODS, Axes, Method, Training
     from lorc_core.model.kinds import KeysValues
-    from lorc_core.ranks.schedules import (
-        SCHEDULES,
-        Energy,
-        ErrorBudget,
-        Fisher,
-        Progressive,
-        Schedule,
-        Sensitivity,
-        Uniform,
-    )
+    from lorc_core.ranks.progressive import Progressive
+    from lorc_core.ranks.schedule import Schedule
+    from lorc_core.ranks.schedules import SCHEDULES, Energy, ErrorBudget, Fisher, Sensitivity, Uniform
     from lorc_core.ranks.spectra import RankSchedule
     from lorc_core.standalone.export import export_variant
     from lorc_core.standalone.plain_export import export_plain
@@ -86,9 +79,9 @@ _MODULES = {
     "loading": ("load",),
     "methods": ("METHODS", "Axes", "Method", "Training"),
     "model.kinds": ("KeysValues",),
-    "ranks.schedules": (
-        *("SCHEDULES", "Energy", "ErrorBudget", "Fisher", "Progressive", "Schedule", "Sensitivity", "Uniform"),
-    ),
+    "ranks.progressive": ("Progressive",),
+    "ranks.schedule": ("Schedule",),
+    "ranks.schedules": ("SCHEDULES", "Energy", "ErrorBudget", "Fisher", "Sensitivity", "Uniform"),
     "ranks.spectra": ("RankSchedule",),
     "standalone.export": ("export_variant",),
     "standalone.plain_export": ("export_plain",),

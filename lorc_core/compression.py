@@ -27,7 +27,8 @@ from lorc_core.model.kinds import PROJECTION_OF, KeysValues, LayerKind
 from lorc_core.model.weights import read_bias, read_weight
 from lorc_core.progress import progress_bar
 from lorc_core.ranks.budgets import check_kept_fraction
-from lorc_core.ranks.schedules import Schedule, known_schedule
+from lorc_core.ranks.schedule import Schedule
+from lorc_core.ranks.schedules import known_schedule
 from lorc_core.variant import BaseModel, Variant
 
 # Of a text. At half of the cache of TinyStories-656K (64 floats a kind and layer) kq_joint raised the loss by 0.123,

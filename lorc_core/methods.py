@@ -8,16 +8,9 @@ from lorc_core.errors import ConfigError
 from lorc_core.model.architecture import Architecture
 from lorc_core.model.blocks import Partition, check_block, partition_of
 from lorc_core.model.kinds import KINDS, Kind
-from lorc_core.ranks.schedules import (
-    Energy,
-    ErrorBudget,
-    Fisher,
-    Progressive,
-    Schedule,
-    Sensitivity,
-    Uniform,
-    schedule_from_dict,
-)
+from lorc_core.ranks.progressive import Progressive
+from lorc_core.ranks.schedule import Schedule
+from lorc_core.ranks.schedules import Energy, ErrorBudget, Fisher, Sensitivity, Uniform, schedule_from_dict
 from lorc_core.reprs import configuration_repr
 
 Statistics = Literal["weights", "weights_with_gain", "calibration"]

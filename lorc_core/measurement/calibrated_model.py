@@ -22,7 +22,8 @@ from lorc_core.methods import Method
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.integrity import check_model
 from lorc_core.progress import progress_bar
-from lorc_core.ranks.schedules import Schedule, Sensitivity
+from lorc_core.ranks.schedule import Schedule
+from lorc_core.ranks.schedules import Sensitivity
 from lorc_core.ranks.spectra import Probes, RankSchedule
 
 

@@ -14,9 +14,9 @@ from lorc_core.decomposition.factors import LayerDecomposition, layer_spectrum, 
 from lorc_core.measurement.losses import Batches, mean_loss
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.kinds import KINDS
-from lorc_core.ranks.schedules import Sensitivity, climbed_ranks
+from lorc_core.ranks.schedules import Sensitivity
 from lorc_core.ranks.spectra import Probes, RankSchedule
-from lorc_core.ranks.staircase import Staircase
+from lorc_core.ranks.staircase import Staircase, climbed_ranks
 
 FIRST_MOVE = 0.125  # of a layer's width, in the first round of exchanges
 

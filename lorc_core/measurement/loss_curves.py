@@ -14,8 +14,7 @@ from lorc_core.errors import NumericsError
 from lorc_core.measurement.losses import Batches, mean_loss
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.kinds import KINDS, KeysValues, LayerKind, by_layer, layer_kinds
-from lorc_core.ranks.schedules import shares
-from lorc_core.ranks.spectra import CurvePoint
+from lorc_core.ranks.spectra import CurvePoint, energy_fractions
 from lorc_core.ranks.staircase import Staircase
 
 CURVE_FRACTIONS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # of a layer's width; 0 is its least rank
@@ -64,7 +63,7 @@ def _loss_curve(
     layer_idx, kind = place
     architecture = architecture_of(model.config)
     spectrum = layer_spectrum(layers[layer_idx])[kind]
-    stair = Staircase(spectrum.partition, shares(spectrum.read))
+    stair = Staircase(spectrum.partition, energy_fractions(spectrum.read))
     points = [CurvePoint(architecture.kv_width, 0.0)]
     for steps in dict.fromkeys(stair.nearest(share * architecture.kv_width) for share in CURVE_FRACTIONS):
         if stair.totals[steps - 1] == architecture.kv_width:

@@ -9,8 +9,7 @@ from lorc_core.measurement.attention_errors import attention_errors
 from lorc_core.measurement.fisher import fisher_information
 from lorc_core.measurement.loss_curves import loss_curves, max_curve_passes
 from lorc_core.measurement.losses import Batches
-from lorc_core.ranks.schedules import Probe
-from lorc_core.ranks.spectra import Probes
+from lorc_core.ranks.spectra import Probe, Probes
 
 
 def probe(kind: Probe, model: PreTrainedModel, layers: Sequence[LayerDecomposition], batches: Batches) -> Probes:

@@ -27,8 +27,9 @@ from lorc_core.methods import Method, Reader, Training
 from lorc_core.model.architecture import Architecture, architecture_of
 from lorc_core.model.kinds import KeysValues, by_layer, layer_kinds
 from lorc_core.ranks.budgets import fit
-from lorc_core.ranks.schedules import Energy, climbed_ranks
+from lorc_core.ranks.schedules import Energy
 from lorc_core.ranks.spectra import Probes, RankSchedule
+from lorc_core.ranks.staircase import climbed_ranks
 
 CHECKPOINT_FILE = "training.pt"
 DRAWS = Energy(spectrum="weights")  # around whose ranks those of a step are drawn

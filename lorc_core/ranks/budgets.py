@@ -16,26 +16,34 @@ def check_kept_fraction(kept_fraction: float) -> None:
 
 
 def fit(climb: Climb, stairs: Sequence[Staircase], kept_fraction: float, name: str) -> float:
-    """The share at which a family of ranks is nearest to the target.
+    """The height at which a family of ranks is nearest to the target.
+
+    Args:
+        climb: The family; see `Schedule.climb`.
+        stairs: What it climbs.
+        kept_fraction: The target, in (0, 1].
+        name: Of the schedule, for errors.
 
     Raises:
         ConfigError: The target is out of the family's reach.
     """
     full = sum(stair.totals[-1] for stair in stairs)
 
-    def kept_at(share: float) -> float:
-        return sum(stair.totals[steps - 1] for stair, steps in zip(stairs, climb(share), strict=True)) / full
+    def kept_at(height: float) -> float:
+        return sum(stair.totals[steps - 1] for stair, steps in zip(stairs, climb(height), strict=True)) / full
 
     least, most = kept_at(0.0), kept_at(1.0)
     if not least - KEPT_FRACTION_TOLERANCE <= kept_fraction <= most + KEPT_FRACTION_TOLERANCE:
         raise ConfigError(
             f"{name}: kept_fraction {kept_fraction} cannot be reached; reachable is {least:.3f}..{most:.3f}"
         )
+    # The kept fraction rises with the height in jumps of one or more rank steps. Bisection closes in on the jump over
+    # the target; the nearer of its two sides is the best that the family has.
     low, high = 0.0, 1.0
-    for _ in range(60):  # past float64's resolution of the share
+    for _ in range(60):  # past float64's resolution of the height
         middle = (low + high) / 2
         low, high = (middle, high) if kept_at(middle) < kept_fraction else (low, middle)
-    return min(low, high, key=lambda share: abs(kept_at(share) - kept_fraction))
+    return min(low, high, key=lambda height: abs(kept_at(height) - kept_fraction))
 
 
 def fit_bytes(
@@ -56,19 +64,19 @@ def fit_bytes(
     Raises:
         ConfigError: Nothing that the schedule reaches fits.
     """
-    found = ranks_at(1.0)
-    if needed_bytes(found) <= budget_bytes:
-        return found
+    largest = ranks_at(1.0)
+    if needed_bytes(largest) <= budget_bytes:
+        return largest
     low, high, best = 0.0, 1.0, None
     for _ in range(14):  # kept fractions to 1e-4
         kept = (low + high) / 2
         try:
-            found = ranks_at(kept)
+            ranks = ranks_at(kept)
         except ConfigError:  # below what the schedule reaches
             low = kept
             continue
-        fits = needed_bytes(found) <= budget_bytes
-        best = found if fits else best
+        fits = needed_bytes(ranks) <= budget_bytes
+        best = ranks if fits else best
         low, high = (kept, high) if fits else (low, kept)
     if best is None:
         raise ConfigError(f"{name}: no ranks make cache and factors fit {budget_bytes:,} bytes")

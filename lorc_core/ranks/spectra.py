@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lorc_core.errors import NumericsError
 from lorc_core.model.blocks import Partition
 from lorc_core.model.kinds import KINDS, KeysValues, Kind
 
-Energies = tuple[tuple[float, ...], ...]
+Energies = tuple[tuple[float, ...], ...]  # of each block its directions, falling
+Probe = Literal["fisher", "attention_errors", "curves"]  # a field of `Probes`
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,16 @@ class KindSpectrum:
     def of_flat(cls, partition: Partition, log10_condition: float, *energies: Sequence[float]) -> "KindSpectrum":
         """From the energies of one block after another: the weight's, the states' and those of what is read."""
         width = partition.width
-        by_block = (tuple(tuple(one[at : at + width]) for at in range(0, len(one), width)) for one in energies)
+        by_block = (
+            tuple(tuple(flat[start : start + width]) for start in range(0, len(flat), width)) for flat in energies
+        )
         return cls(partition, log10_condition, *by_block)
+
+
+def energy_fractions(energies: Energies) -> Energies:
+    """Each direction's share of the energy of all blocks; a weight of zeros has no direction worth a float."""
+    whole = sum(map(sum, energies)) or 1.0
+    return tuple(tuple(energy / whole for energy in block) for block in energies)
 
 
 class LayerSpectrum(KeysValues[KindSpectrum]):

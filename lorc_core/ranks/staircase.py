@@ -1,18 +1,26 @@
-"""Every rank step of one layer's keys or values, best first, so that a schedule only says how far to climb each."""
+"""The ranks that one layer's keys or values can have, in the order in which they are worth their floats.
+
+Every compromise between layers is then a number of steps for each: how far its staircase is climbed.
+"""
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from lorc_core.model.blocks import Partition
-from lorc_core.ranks.spectra import Energies
+from lorc_core.model.kinds import by_layer
+from lorc_core.ranks.spectra import Energies, LayerRanks, RankSchedule
 
 
 @dataclass(frozen=True)
 class RankStep:
-    """One step up a staircase: `block` (all blocks where their ranks are equal) gets to `rank` for `floats` more."""
+    """One step up a staircase: `block` (all blocks where their ranks are equal) gets to `rank` for `floats` more.
+
+    `gain` is what a float of this step is worth.
+    """
 
     gain: float
     floats: int
@@ -32,10 +40,10 @@ class Staircase:
     """
 
     partition: Partition
-    gains: Energies
+    gains: Energies = field(repr=False)
     rank_multiple: int = 1
     always_full: bool = False
-    steps: tuple[RankStep, ...] = field(init=False)
+    steps: tuple[RankStep, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         width, blocks = self.partition.width, self.partition.num_blocks
@@ -43,22 +51,26 @@ class Staircase:
             steps = [RankStep(math.inf, self.partition.kv_width, 0, width)]
         elif self.partition.equal_ranks:
             together = tuple(map(sum, zip(*self.gains, strict=True))) if self.gains else ()
-            steps = self._ladder(0, together, blocks)
+            steps = self._block_steps(0, together, blocks)
         else:
-            steps = [step for block in range(blocks) for step in self._ladder(block, self._gains_of(block), 1)]
+            steps = [step for block in range(blocks) for step in self._block_steps(block, self._gains_of(block), 1)]
+            # Equal gains: the lower rank first, so that blocks which are alike rise together.
             steps.sort(key=lambda step: (-step.gain, step.rank, step.block))
         object.__setattr__(self, "steps", tuple(steps))
 
     def _gains_of(self, block: int) -> tuple[float, ...]:
         return self.gains[block] if self.gains else ()
 
-    def _ladder(self, block: int, gains: Sequence[float], blocks_together: int) -> list[RankStep]:
+    def _block_steps(self, block: int, gains: Sequence[float], blocks_together: int) -> list[RankStep]:
+        """The steps of one block, or of all together, by rising rank."""
         width = self.partition.width
         multiple = math.lcm(self.rank_multiple, self.partition.rank_step)
         steps: list[RankStep] = []
         for start in range(0, width, multiple):
             stop = min(start + multiple, width)
             gain = sum(gains[start:stop]) / ((stop - start) * blocks_together)
+            # Rounding, and gains that are no spectrum, can rise. Sorted by gain, a step to rank 3 would then stand
+            # before the step to rank 2; cut to its predecessor's, the gain leaves a block's steps in their order.
             gain = min(gain, steps[-1].gain) if steps else gain
             steps.append(RankStep(gain, (stop - start) * blocks_together, block, stop))
         return steps
@@ -73,7 +85,7 @@ class Staircase:
         return totals
 
     def nearest(self, floats: int | float) -> int:
-        """The number of steps, at least one, whose total is nearest."""
+        """The number of steps, at least one, whose total is nearest; of two as near the larger."""
         above = min(bisect_left(self.totals, floats), len(self.totals) - 1)
         candidates = [above] if above == 0 else [above - 1, above]
         return 1 + min(candidates, key=lambda idx: (abs(self.totals[idx] - floats), -idx))
@@ -89,4 +101,32 @@ class Staircase:
         return (ranks[0],) * blocks if self.partition.equal_ranks else tuple(ranks)
 
 
-Climb = Callable[[float], list[int]]  # a share in [0, 1] to the steps of each staircase
+Climb = Callable[[float], list[int]]  # from a height in [0, 1] to the steps taken of each staircase
+
+
+def best_first(stairs: Sequence[Staircase]) -> Climb:
+    """The climb that takes steps in the order of their gain per float, whichever staircase they belong to.
+
+    The first step of each staircase is not in that order: it is always taken.
+    """
+    later_steps = [(-step.gain, step.rank, idx) for idx, stair in enumerate(stairs) for step in stair.steps[1:]]
+    order = [idx for *_, idx in sorted(later_steps, key=lambda step: step[:2])]
+
+    def steps_at(height: float) -> list[int]:
+        taken = Counter(order[: round(height * len(order))])
+        return [1 + taken[idx] for idx in range(len(stairs))]
+
+    return steps_at
+
+
+def climbed_ranks(stairs: Sequence[Staircase], steps: Sequence[int], kv_width: int, note: str = "") -> RankSchedule:
+    """The ranks after so many steps of each staircase.
+
+    Args:
+        stairs: In the order of `layer_kinds`.
+        steps: Of each, how many are taken.
+        kv_width: Floats per token of one layer's keys or values, uncompressed.
+        note: For `RankSchedule.note`.
+    """
+    ranks = by_layer([stair.ranks(count) for stair, count in zip(stairs, steps, strict=True)])
+    return RankSchedule(tuple(LayerRanks(*layer) for layer in ranks), kv_width, note)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from lorc_core.errors import ConfigError
 from lorc_core.methods import Method
 from lorc_core.model.kinds import KeysValues
-from lorc_core.ranks.schedules import Probe, Sensitivity
+from lorc_core.ranks.schedules import Sensitivity
+from lorc_core.ranks.spectra import Probe
 from pipeline.steps.layers import ChangeBasisStep, DecomposeStep, LayerStep, TrainStep
 from pipeline.steps.ranks import ByteBudget, ProbeStep, RanksStep, ScheduleStep, SearchStep
 from pipeline.steps.registration import RegisterStep

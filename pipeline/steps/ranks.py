@@ -11,8 +11,9 @@ from lorc_core.caches.memory import planned_factor_floats
 from lorc_core.methods import Method
 from lorc_core.model.architecture import Architecture
 from lorc_core.ranks.budgets import fit_bytes
-from lorc_core.ranks.schedules import Probe, Schedule, Sensitivity
-from lorc_core.ranks.spectra import RankSchedule
+from lorc_core.ranks.schedule import Schedule
+from lorc_core.ranks.schedules import Sensitivity
+from lorc_core.ranks.spectra import Probe, RankSchedule
 from pipeline.steps.layers import LayerStep
 from pipeline.steps.step import FileStep, Input, ModelStep, Place, Recipe
 from pipeline.steps.texts import WindowsStep, windows_of

@@ -9,7 +9,7 @@ from lorc_core.methods import Method
 from lorc_core.model.architecture import Architecture
 from lorc_core.model.checkpoint import Checkpoint
 from lorc_core.model.kinds import LayerKind
-from lorc_core.ranks.schedules import Schedule
+from lorc_core.ranks.schedule import Schedule
 from lorc_core.variant import BaseModel, Variant, load_variant
 from pipeline.steps.layers import LayerStep, TrainStep
 from pipeline.steps.ranks import RanksStep

@@ -13,7 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from lorc_core.methods import METHODS, Axes, Method, Training, known_method
 from lorc_core.model.kinds import KINDS, Kind
-from lorc_core.ranks.schedules import SCHEDULES, Schedule, known_schedule
+from lorc_core.ranks.schedule import Schedule
+from lorc_core.ranks.schedules import SCHEDULES, known_schedule
 
 METHOD_FIELDS = ("preset", "name", *KINDS, "per_layer", "training")
 Settings = TypeVar("Settings")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import Field, InstanceOf, ValidationInfo, field_validator
 
 from lorc_core.methods import Method
-from lorc_core.ranks.schedules import Schedule
+from lorc_core.ranks.schedule import Schedule
 from pipeline.zoo.methods import method_of, schedule_of
 from pipeline.zoo.sections import Name, Strict
 

@@ -7,7 +7,8 @@ import pytest
 
 import lorc_core
 from lorc_core.methods import METHODS, Axes
-from lorc_core.ranks.schedules import SCHEDULES, Energy, Progressive, Sensitivity
+from lorc_core.ranks.progressive import Progressive
+from lorc_core.ranks.schedules import SCHEDULES, Energy, Sensitivity
 from tests.models import tiny_model
 from tests.runs import tokens
 

@@ -9,7 +9,8 @@ import yaml
 
 from lorc_core.errors import ConfigError
 from lorc_core.methods import METHODS, Axes, method_from_dict
-from lorc_core.ranks.schedules import Progressive, Uniform
+from lorc_core.ranks.progressive import Progressive
+from lorc_core.ranks.schedules import Uniform
 from pipeline.zoo.consistency import cautions
 from pipeline.zoo.file import load_zoo
 from pipeline.zoo.variants import variant_label

@@ -19,7 +19,8 @@ from lorc_core.measurement.exchange import Exchange
 from lorc_core.model.blocks import Partition
 from lorc_core.model.kinds import KINDS, KeysValues, by_layer
 from lorc_core.ranks.budgets import fit_bytes
-from lorc_core.ranks.schedules import SCHEDULES, Energy, ErrorBudget, Fisher, Progressive, Sensitivity, Uniform
+from lorc_core.ranks.progressive import Progressive
+from lorc_core.ranks.schedules import SCHEDULES, Energy, ErrorBudget, Fisher, Sensitivity, Uniform
 from lorc_core.ranks.spectra import (
     CurvePoint,
     ErrorLevel,

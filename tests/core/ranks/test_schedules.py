@@ -14,14 +14,8 @@ from hypothesis import strategies as st
 
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.model.blocks import Partition
-from lorc_core.ranks.schedules import (
-    Energy,
-    Progressive,
-    Uniform,
-    cumulative_log10_condition,
-    known_schedule,
-    schedule_from_dict,
-)
+from lorc_core.ranks.progressive import Progressive, cumulative_log10_condition
+from lorc_core.ranks.schedules import Energy, Uniform, known_schedule, schedule_from_dict
 from lorc_core.ranks.spectra import KindSpectrum, LayerRanks, LayerSpectrum
 from lorc_core.ranks.staircase import Staircase
 from tests.spectra import BLOCKS, block_spectra, check_meets_target, joint, spectra
