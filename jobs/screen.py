@@ -50,7 +50,8 @@ class StepProgress:
     def record(self, outcome: Outcome) -> None:
         self.count(outcome)
         if outcome.status == "failed":
-            self.bars.console.print(f"[red]{outcome.model}[/red]: {outcome.name}: {escape(outcome.error or '')}")
+            subject = outcome.model if outcome.variant is None else f"{outcome.model} {outcome.variant}"
+            self.bars.console.print(f"[red]{subject}[/red]: {outcome.name}: {escape(outcome.error or '')}")
 
 
 def results_table(results: Sequence[Result]) -> Table:

@@ -128,6 +128,6 @@ def done_steps(zoo: Zoo, entry: ModelEntry, store: Store) -> str:
     steps = distinct(wanted_steps([planned], "register"))
     left = Counter(step.name for step in steps if not store.is_done(step))
     todo = ", ".join(f"{count} {name}" for name, count in left.items())
-    refused = "".join(f"; refused: {reason}" for _, reason in planned.refused)
+    refused = "".join(f"; refused: {label}: {reason}" for label, reason in planned.refused)
     done = f"{len(steps) - left.total()} of {len(steps)} steps done"
     return done + (f"; to do: {todo}" if todo else "") + refused

@@ -13,7 +13,7 @@ from pipeline.steps.outcome import Milestone, Outcome, cached_outcomes
 from pipeline.steps.step import Step, distinct
 from pipeline.storage.lease import held_store
 from pipeline.storage.store import Store
-from pipeline.storage.tables import collect, replace_table, rows_table
+from pipeline.storage.tables import TableName, collect, replace_table, rows_table
 from pipeline.zoo.models import resolve
 from pipeline.zoo.schema import Zoo
 
@@ -157,7 +157,7 @@ def table_path(run: ZooRun, name: str) -> Path:
     return run.store.root / "tables" / name / f"{run.zoo.name}.parquet"
 
 
-def table_parts(run: ZooRun) -> dict[str, list[Part]]:
+def table_parts(run: ZooRun) -> dict[TableName, list[Part]]:
     """By table, the steps that write a part of it, each with its labels."""
     scored: list[Part] = []
     ranks: list[Part] = []

@@ -85,7 +85,7 @@ def model_steps(zoo: Zoo, model: ResolvedModel, tracking_uri: str) -> ModelSteps
             try:
                 check_variant(zoo, model, entry)
             except ConfigError as error:
-                refused.append((label, f"{label}: {error}"))
+                refused.append((label, str(error)))
                 continue
             layers = decompose_steps(model, entry.method, calibrated)
             decompositions.setdefault(entry.method.name, layers)

@@ -18,7 +18,7 @@ class Outcome:
         key: Of the step, as its artifact is called.
         name: Of the kind of step.
         model: The zoo's name of the model it belongs to.
-        variant: Its label; None of a step that variants share.
+        variant: Its label, or "baseline"; None of a step that variants share.
         status: "skipped" where an input failed.
         error: One line; of a skipped step, that of the input.
         cost: Of its artifact, whichever run made it; None where there is none.

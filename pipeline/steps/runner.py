@@ -1,7 +1,7 @@
 """Run steps on Ray, each when its inputs are done: the one file that knows Ray.
 
-Everything that finished is skipped, so an interrupted run goes on where it stopped. A step's foreseen failure is
-an outcome and its dependents are skipped; the other models go on.
+A step that fails is an outcome like any other: steps that need it are skipped, all others go on. What a step does, and
+what of it may fail, is in `work`.
 """
 
 import logging
@@ -24,8 +24,7 @@ from pipeline.storage.store import Store
 
 LOST_WORKER_RETRIES = 2
 
-
-Record = Callable[[Outcome | Milestone], None]
+Record = Callable[[Outcome | Milestone], None]  # what a run tells is noted, and passed on to the screen
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,7 @@ def check_reachable(address: str) -> None:
 
 @ray.remote(max_retries=LOST_WORKER_RETRIES, num_returns="streaming")
 def remote_group(steps: Sequence[Step], store: Store, num_threads: int) -> Iterator[Outcome | Milestone]:
+    """`run_group` in a worker."""
     import torch
 
     from pipeline.steps.work import run_group
@@ -219,7 +219,7 @@ def receive(running: dict[Any, list[Step]], outcomes: dict[str, Outcome], record
     stream: Any
     for stream in ready:
         try:
-            told: Any = ray.get(next(stream))
+            told: Any = ray.get(next(stream))  # an outcome or a milestone
             record(told)
         except StopIteration:
             # A retried task's stream starts where the lost one's was read to, so its outcomes may be past the end.

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def run_group(steps: Sequence[Step], store: Store) -> Iterator[Outcome | Milestone]:
     """Run steps of one group in turn, yielding outcomes, and progress, as they come; they share one loaded model.
 
-    Whatever a step raises, foreseen or not, is its outcome: one model must not cost the others their night.
+    Whatever a step raises, foreseen or not, is its outcome: one model must not cost the others their night. This is
+    where broad excepts are right; what the runner itself raises is a bug, and stops the job.
     """
     with ExitStack() as opened:
         try:
@@ -41,6 +42,7 @@ def shared_model(step: Step) -> "AbstractContextManager[PreTrainedModel | None]"
 
 
 def run_step(step: Step, store: Store, model: "PreTrainedModel | None") -> Iterator[Outcome | Milestone]:
+    """Run a step, yielding its progress and last its outcome."""
     if store.is_done(step):  # by an earlier attempt whose worker was lost
         yield Outcome.done(step, store)
         return
@@ -48,13 +50,13 @@ def run_step(step: Step, store: Store, model: "PreTrainedModel | None") -> Itera
         with store.writing(store.path(step)) as scratch:
             for done, total in started_step(step, scratch, store, model) or ():
                 yield Milestone(step.key, f"{step.name} {step.model}", done, total)
-    except Exception as failure:  # noqa: BLE001  see `run_group`
-        yield Outcome.failed(step, logged_failure(failure, store.log(step.key)))
-        return
-    store.log(step.key).unlink(missing_ok=True)  # of an earlier attempt
-    if (resume_dir := step.resume_dir(store)) is not None:
-        shutil.rmtree(resume_dir, ignore_errors=True)
-    yield Outcome.done(step, store)
+        store.log(step.key).unlink(missing_ok=True)  # of an earlier attempt
+        if (resume_dir := step.resume_dir(store)) is not None:
+            shutil.rmtree(resume_dir, ignore_errors=True)
+        outcome = Outcome.done(step, store)
+    except Exception as error:  # noqa: BLE001  see `run_group`
+        outcome = Outcome.failed(step, logged_failure(error, store.log(step.key)))
+    yield outcome
 
 
 def started_step(step: Step, output: Path, store: Store, model: "PreTrainedModel | None") -> Progress | None:

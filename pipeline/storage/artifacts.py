@@ -65,18 +65,18 @@ def save_layer(output: Path, layer_idx: int, layer: LayerDecomposition) -> None:
     """Factors as safetensors, spectra as a table."""
     tensors: dict[str, torch.Tensor] = {}
     rows = []
-    for kind, found in layer.items():
-        parts = {"up": found.up, "own_down": found.own_down, "mean": found.mean}
+    for kind, decomposed in layer.items():
+        parts = {"up": decomposed.up, "own_down": decomposed.own_down, "mean": decomposed.mean}
         tensors |= {f"{kind}.{name}": part.float().contiguous() for name, part in parts.items() if part is not None}
         rows.append(
             {
                 "layer": layer_idx,
                 "kind": kind,
-                **asdict(found.partition),
-                "rotated": found.rotated,
-                "log10_condition": found.log10_condition,
-                "singular_values": found.singular_values.tolist(),
-                **{name: getattr(found, name).flatten().tolist() for name in ENERGIES},
+                **asdict(decomposed.partition),
+                "rotated": decomposed.rotated,
+                "log10_condition": decomposed.log10_condition,
+                "singular_values": decomposed.singular_values.tolist(),
+                **{name: getattr(decomposed, name).flatten().tolist() for name in ENERGIES},
             }
         )
     save_file(tensors, output / LAYER_FILE)
@@ -123,12 +123,12 @@ def partition_of_row(row: dict[str, Any]) -> Partition:
 
 
 def save_bases(output: Path, bases: "Bases") -> None:
-    tensors = {f"{idx}.{kind}": found for idx, layer in enumerate(bases) for kind, found in layer.items()}
+    tensors = {f"{layer_idx}.{kind}": basis for layer_idx, layer in enumerate(bases) for kind, basis in layer.items()}
     save_file(tensors, output / BASES_FILE)
 
 
 def load_bases(trained: Path, layer_idx: int) -> KeysValues[torch.Tensor]:
-    """Those of one layer."""
+    """The bases of one layer's latents."""
     bases = load_file(checked_file(trained / BASES_FILE))
     return KeysValues(*(bases[f"{layer_idx}.{kind}"] for kind in KINDS))
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from uuid import uuid4
 
 from lorc_core.errors import ConfigError
-from lorc_core.manifest import MANIFEST_FILE, write_manifest
+from lorc_core.manifest import MANIFEST_FILE, checked_file, write_manifest
 
 COST_FILE = "cost.json"
 
@@ -63,7 +63,7 @@ class Store:
     def cost(self, step: Keyed) -> Cost | None:
         """Of a finished artifact; None of one that was made before costs were kept."""
         file = self.path(step) / COST_FILE
-        return Cost(**json.loads(file.read_text())) if file.is_file() else None
+        return Cost(**json.loads(checked_file(file).read_text())) if file.is_file() else None
 
     def log(self, key: str) -> Path:
         """Where the trace of a step that failed goes, or of what there was to do before steps."""

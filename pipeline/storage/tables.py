@@ -2,14 +2,24 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorc_core.manifest import checked_file
 
-SCHEMAS = {
+TableName = Literal[
+    "spectra",
+    "ranks",
+    "projection_errors",
+    "training",
+    "scores",
+    "window_losses",
+    "regressions",
+    "outcomes",
+]
+SCHEMAS: dict[TableName, pa.Schema] = {
     "spectra": pa.schema(
         [
             ("layer", pa.int32()),
@@ -87,22 +97,22 @@ SCHEMAS = {
 }
 
 
-def rows_table(name: str, rows: Iterable[dict[str, Any]]) -> pa.Table:
+def rows_table(name: TableName, rows: Iterable[dict[str, Any]]) -> pa.Table:
     """Rows in the schema of that name; a row that does not fit it is a bug and raises."""
     return pa.Table.from_pylist(list(rows), schema=SCHEMAS[name])
 
 
-def write_table(directory: Path, name: str, rows: Iterable[dict[str, Any]]) -> None:
+def write_table(directory: Path, name: TableName, rows: Iterable[dict[str, Any]]) -> None:
     """Write an artifact's rows as `name.parquet`."""
     replace_table(directory / f"{name}.parquet", rows_table(name, rows))
 
 
-def read_rows(directory: Path, name: str) -> list[dict[str, Any]]:
+def read_rows(directory: Path, name: TableName) -> list[dict[str, Any]]:
     """The rows of an artifact's table."""
     return pq.read_table(checked_file(directory / f"{name}.parquet"), schema=SCHEMAS[name]).to_pylist()
 
 
-def collect(path: Path, name: str, parts: Iterable[tuple[dict[str, str], Path]]) -> None:
+def collect(path: Path, name: TableName, parts: Iterable[tuple[dict[str, str], Path]]) -> None:
     """Join the tables of many artifacts into one file, each with the labels given for it, replacing the file at once.
 
     Args:
@@ -121,6 +131,7 @@ def collect(path: Path, name: str, parts: Iterable[tuple[dict[str, str], Path]])
 
 
 def replace_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file that is whole from its first moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     pq.write_table(table, partial)

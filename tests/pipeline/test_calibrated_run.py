@@ -88,10 +88,11 @@ def test_a_sweep_of_ten_presets_over_budgets_decomposes_each_layer_once(sweep):
     assert counts["calibrate", "ran"] == 2
     assert counts["decompose", "ran"] == 3 * 10 + 3 * 9
     assert counts["schedule", "ran"] == counts["variant", "ran"] == len(BUDGETS) * (10 + 9)
-    assert [(outcome.model, outcome.error) for outcome in run.failures] == [
+    assert [(outcome.model, outcome.variant, outcome.error) for outcome in run.failures] == [
         (
             "plain",
-            f"phasor_freq-uniform-{kept}: method phasor_freq, keys: block frequency: the model has no rotary embedding",
+            f"phasor_freq-uniform-{kept}",
+            "method phasor_freq, keys: block frequency: the model has no rotary embedding",
         )
         for kept in BUDGETS
     ]
