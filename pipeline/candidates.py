@@ -70,7 +70,11 @@ def registration(store: Store, step: Step) -> dict[str, str]:
 def read_note(zoo: Zoo, store: Store) -> dict[str, Any]:
     """What was noted last; empty before the first choice."""
     path = note_path(zoo, store)
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        note = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
 def note_path(zoo: Zoo, store: Store) -> Path:

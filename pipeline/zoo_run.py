@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from lorc_core.manifest import DamagedArtifactError
 from pipeline.candidates import choose_candidates
 from pipeline.registry.tracking import default_tracking_uri
 from pipeline.steps.failures import model_failure
@@ -97,16 +98,38 @@ def run_zoo(
         models, failed = plan_steps(zoo, store, on_phase)
         for outcome in failed:
             on_outcome(outcome)
-        outcomes = run_wanted(zoo, store, wanted_steps(models, until), on_plan, on_outcome, on_progress, on_phase)
-        run = ZooRun(zoo, store, tuple(models), (*failed, *outcomes))
-        if until == "register":
-            failed = choose_candidates(zoo, store, models, on_phase)
-            for outcome in failed:
-                on_outcome(outcome)
-            run = replace(run, outcomes=(*run.outcomes, *failed))
-        on_phase("writing the tables")
-        write_tables(run)
-        return run
+        while True:
+            outcomes = run_wanted(zoo, store, wanted_steps(models, until), on_plan, on_outcome, on_progress, on_phase)
+            run = ZooRun(zoo, store, tuple(models), (*failed, *outcomes))
+            try:
+                return finished(run, until, on_outcome, on_phase)
+            except DamagedArtifactError as damage:
+                if damage.directory.parent != store.steps:
+                    raise
+                put_aside(store, damage.directory.name, on_phase)
+
+
+def finished(
+    run: ZooRun, until: Until, on_outcome: Callable[[Outcome], None], on_phase: Callable[[str], None]
+) -> ZooRun:
+    """Choose candidates, if all was registered, and write the tables.
+
+    Raises:
+        DamagedArtifactError: What a step left is not what its manifest says.
+    """
+    if until == "register":
+        failed = choose_candidates(run.zoo, run.store, run.models, on_phase)
+        for outcome in failed:
+            on_outcome(outcome)
+        run = replace(run, outcomes=(*run.outcomes, *failed))
+    on_phase("writing the tables")
+    write_tables(run)
+    return run
+
+
+def put_aside(store: Store, key: str, on_phase: Callable[[str], None]) -> None:
+    """Make room for an artifact that must be made again, and say so."""
+    on_phase(f"{key} was damaged; it is now {store.put_aside(key)} and is made again")
 
 
 def run_wanted(
@@ -118,19 +141,34 @@ def run_wanted(
     on_progress: Callable[[Milestone], None],
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> list[Outcome]:
-    """Run steps, and all they need, that are not done yet; returns the outcomes of all."""
+    """Run steps, and all they need, that are not done yet; returns the outcomes of all.
+
+    A step that finds an input damaged is run again once that was made anew.
+    """
     steps = distinct(wanted)
     on_plan(steps)
-    done = cached_outcomes(steps, store)
-    for outcome in done.values():
-        on_outcome(outcome)
-    left = [step for step in steps if step.key not in done]
-    outcomes = list(done.values())
-    if left:
-        from pipeline.steps.runner import run_steps
+    told: set[str] = set()
 
-        outcomes += run_steps(left, done, store, zoo.cluster.address, on_outcome, on_progress, on_phase)
-    return outcomes
+    def tell(outcome: Outcome) -> None:
+        if outcome.damaged is None and outcome.key not in told:  # each step has one outcome, its last
+            told.add(outcome.key)
+            on_outcome(outcome)
+
+    while True:
+        done = cached_outcomes(steps, store)
+        for outcome in done.values():
+            tell(outcome)
+        left = [step for step in steps if step.key not in done]
+        outcomes = list(done.values())
+        if left:
+            from pipeline.steps.runner import run_steps
+
+            outcomes += run_steps(left, done, store, zoo.cluster.address, tell, on_progress, on_phase)
+        damaged = {outcome.damaged for outcome in outcomes if outcome.damaged is not None}
+        if not damaged:
+            return outcomes
+        for key in damaged:
+            put_aside(store, key, on_phase)
 
 
 def write_tables(run: ZooRun) -> None:

@@ -22,6 +22,8 @@ class Outcome:
         status: "skipped" where an input failed.
         error: One line; of a skipped step, that of the input.
         cost: Of its artifact, whichever run made it; None where there is none.
+        damaged: The artifact that was not what its manifest says, where that is why the step failed or was skipped; it
+            can be made again.
     """
 
     key: str
@@ -31,15 +33,16 @@ class Outcome:
     status: Status
     error: str | None = None
     cost: Cost | None = None
+    damaged: str | None = None
 
     @classmethod
-    def failed(cls, step: Step, error: str) -> "Outcome":
-        return cls(step.key, step.name, step.model, step.label, "failed", error)
+    def failed(cls, step: Step, error: str, damaged: str | None = None) -> "Outcome":
+        return cls(step.key, step.name, step.model, step.label, "failed", error, damaged=damaged)
 
     @classmethod
-    def skipped(cls, step: Step, error: str) -> "Outcome":
+    def skipped(cls, step: Step, broken: "Outcome") -> "Outcome":
         """For what happened to an input of the step."""
-        return cls(step.key, step.name, step.model, step.label, "skipped", error)
+        return cls(step.key, step.name, step.model, step.label, "skipped", broken.error, damaged=broken.damaged)
 
     @classmethod
     def done(cls, step: Step, store: Store, status: Literal["ran", "cached"] = "ran") -> "Outcome":

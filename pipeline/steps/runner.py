@@ -183,9 +183,10 @@ def skip_broken(batch: Batch, outcomes: dict[str, Outcome], record: Record) -> l
     """Record the steps whose inputs failed as skipped, naming the cause; return the others."""
     runnable = []
     for step in batch.steps:
-        broken = [error for needed in step.input_steps() if (error := outcomes[needed.key].error) is not None]
-        if broken:
-            record(Outcome.skipped(step, broken[0]))
+        inputs = [outcomes[needed.key] for needed in step.input_steps()]
+        broken = next((outcome for outcome in inputs if outcome.error is not None), None)
+        if broken is not None:
+            record(Outcome.skipped(step, broken))
         else:
             runnable.append(step)
     return runnable

@@ -69,6 +69,13 @@ class Store:
         """Where the trace of a step that failed goes, or of what there was to do before steps."""
         return self.root / "logs" / f"{key}.log"
 
+    def put_aside(self, key: str) -> Path:
+        """Move a damaged artifact out of the way, so that its step is run again; returns where it is now."""
+        aside = self.root / "damaged" / f"{key}-{uuid4().hex[:8]}"
+        aside.parent.mkdir(exist_ok=True)
+        (self.steps / key).rename(aside)
+        return aside
+
     def remove_scratch(self) -> None:
         """Remove what steps were writing when their run died; only while no other run uses the directory."""
         for scratch in self.steps.glob(".*"):

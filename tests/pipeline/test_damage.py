@@ -1,0 +1,65 @@
+"""Artifacts that were cut or swapped are put aside and made again; the tables are those of an undisturbed run."""
+
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.candidates import candidates
+from pipeline.storage.store import Store
+from pipeline.zoo.file import load_zoo
+from pipeline.zoo_run import run_zoo
+
+TABLES = ("scores", "window_losses", "ranks", "projection_errors", "spectra")
+
+
+def rows(work, table):
+    """All rows of a table but what depends on the clock."""
+    read = pq.read_table(next((work / "tables" / table).glob("*.parquet")))
+    return read.drop_columns([name for name in ("eval_s",) if name in read.column_names]).to_pylist()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.fixture
+def damaged(finished, tmp_path):
+    """A copy of a finished work directory, and the directories of its first model's steps."""
+    zoo_file, work, run = finished
+    shutil.copytree(work, tmp_path / "work")
+    steps = tmp_path / "work" / "steps"
+    return load_zoo(zoo_file), tmp_path / "work", work, lambda step: steps / step.key, run.models[0]
+
+
+def test_damaged_artifacts_are_put_aside_and_made_again(damaged):
+    zoo, work, untouched, place, model = damaged
+    first, second = model.variants[:2]
+    cut(place(first.evaluate) / "scores.parquet")  # read for the tables
+    shutil.copy(place(model.baseline) / "window_losses.parquet", place(second.evaluate))  # swapped
+    shutil.rmtree(place(first.variant))  # so that it is made from layers again
+    layer = model.decompose["lorc"][0]
+    cut(place(layer) / "layer.safetensors")
+    lines = []
+    again = run_zoo(zoo, work, until="evaluate", on_phase=lines.append)
+    assert not again.failures
+    for table in TABLES:
+        assert rows(work, table) == rows(untouched, table)
+    aside = sorted(path.name.rpartition("-")[0] for path in (work / "damaged").iterdir())
+    assert aside == sorted(step.key for step in (first.evaluate, second.evaluate, layer))
+    for key in aside:
+        assert sum(line.startswith(f"{key} was damaged") for line in lines) == 1
+
+
+def test_a_run_that_finds_all_whole_puts_nothing_aside(damaged):
+    zoo, work, _, _, _ = damaged
+    assert all(outcome.status == "cached" for outcome in run_zoo(zoo, work, until="evaluate").outcomes)
+    assert not (work / "damaged").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_note_of_the_candidates_counts_as_none(damaged, content):
+    zoo, work, _, _, _ = damaged
+    assert candidates(zoo, Store(work))
+    next((work / "candidates").iterdir()).write_text(content)
+    assert not candidates(zoo, Store(work))
