@@ -26,8 +26,9 @@ from lorc_core.methods import METHODS
 from lorc_core.model.families import FAMILIES
 from lorc_core.ranks.schedules import SCHEDULES
 from pipeline.storage.tables import SCHEMAS
-from pipeline.zoo import schema
-from pipeline.zoo.file import load_zoo
+from pipeline.zoo.file import load_zoo, nested_model
+from pipeline.zoo.schema import Zoo
+from pipeline.zoo.sections import TEXT_FORMATS
 from tests.paths import DEMO, REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -137,7 +138,7 @@ def test_yaml_blocks_are_zoo_files(page, tmp_path):
     for line, content, _ in blocks(page, "yaml"):
         zoo = yaml.safe_load(REST_OF_A_ZOO) | yaml.safe_load(content)
         for text in [*zoo["evaluation"]["texts"], *zoo.get("calibration", {}).get("texts", [])]:
-            if Path(text["source"]).suffix in schema.TEXT_FORMATS:
+            if Path(text["source"]).suffix in TEXT_FORMATS:
                 (tmp_path / text["source"]).touch()
         (tmp_path / f"{page.name}-line-{line}.yaml").write_text(yaml.safe_dump(zoo))
         load_zoo(tmp_path / f"{page.name}-line-{line}.yaml")
@@ -237,12 +238,19 @@ def test_names_in_code_font_are_in_the_code(page):
     assert not [path for path in paths if not (REPOSITORY / path).exists()]
 
 
+def fields_of(section):
+    """Of a zoo file, at any depth."""
+    for name, field in section.model_fields.items():
+        yield name
+        if inner := nested_model(field.annotation):
+            yield from fields_of(inner)
+
+
 def test_pages_name_all_that_can_be_chosen():
     def missing(page, names):
         return sorted(set(names) - set(words(REPOSITORY / "docs" / page)))
 
-    models = [value for value in vars(schema).values() if isinstance(value, type) and issubclass(value, schema.Strict)]
-    assert not missing("zoo.md", [*SCHEMAS, *(field for model in models for field in model.model_fields)])
+    assert not missing("zoo.md", [*SCHEMAS, *fields_of(Zoo)])
     assert not missing("methods.md", [*METHODS, *SCHEDULES])
     assert not missing("models.md", FAMILIES)
 
