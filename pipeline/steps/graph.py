@@ -10,8 +10,7 @@ from lorc_core.ranks.schedules import Sensitivity
 from lorc_core.ranks.spectra import Probe
 from pipeline.steps.layers import ChangeBasisStep, DecomposeStep, LayerStep, TrainStep
 from pipeline.steps.ranks import ByteBudget, ProbeStep, RanksStep, ScheduleStep, SearchStep
-from pipeline.steps.registration import RegisterStep
-from pipeline.steps.scores import EvaluateStep
+from pipeline.steps.scores import EvaluateStep, RegisterStep
 from pipeline.steps.step import ModelLoad, Need
 from pipeline.steps.texts import CalibrateStep, WindowsStep
 from pipeline.steps.variants import ProjectionErrorsStep, VariantStep
