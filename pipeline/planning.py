@@ -119,7 +119,7 @@ def planned_devices(zoo: Zoo, entry: ModelEntry, config: PreTrainedConfig) -> st
 def done_steps(zoo: Zoo, entry: ModelEntry, store: Store) -> str:
     """How many of the model's steps are finished, if its files are here."""
     try:
-        model = resolve(entry, fetch_missing=False)
+        model = resolve(entry, store, fetch_missing=False)
     except LorcError as error:
         if entry.is_directory:
             raise

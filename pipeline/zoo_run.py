@@ -45,7 +45,7 @@ def plan_steps(
     for entry in zoo.models:
         on_phase(f"reading {entry.name}")
         try:
-            model = model_steps(zoo, resolve(entry), tracking_uri)
+            model = model_steps(zoo, resolve(entry, store), tracking_uri)
         except Exception as error:  # noqa: BLE001  one model must not cost the others their night
             failed.append(model_failure("resolve", entry.name, error, store))
             continue
@@ -99,9 +99,10 @@ def run_zoo(
         for outcome in failed:
             on_outcome(outcome)
         while True:
-            outcomes = run_wanted(zoo, store, wanted_steps(models, until), on_plan, on_outcome, on_progress, on_phase)
-            run = ZooRun(zoo, store, tuple(models), (*failed, *outcomes))
             try:
+                wanted = wanted_steps(models, until)
+                outcomes = run_wanted(zoo, store, wanted, on_plan, on_outcome, on_progress, on_phase)
+                run = ZooRun(zoo, store, tuple(models), (*failed, *outcomes))
                 return finished(run, until, on_outcome, on_phase)
             except DamagedArtifactError as damage:
                 if damage.directory.parent != store.steps:

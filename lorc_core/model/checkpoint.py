@@ -121,7 +121,7 @@ def read_config(source: Path | str, **kwargs: bool | str) -> PreTrainedConfig:
     """
     try:
         return AutoConfig.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError, StrictDataclassError) as error:
         raise ArtifactError(f"{source}: config cannot be read: {str(error).splitlines()[0]}") from error
 
 
@@ -199,9 +199,13 @@ def weight_files(directory: Path) -> list[Path]:
 def shard_names(index: Path) -> list[str]:
     """The files that a sharded checkpoint's index names."""
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{index}: not an index of safetensors shards ({error!r})") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ArtifactError(f"{index}: not an index of safetensors shards: {name!r} is no file of this directory")
+    return sorted(names)
 
 
 def sample_ranges(begin: int, end: int) -> list[tuple[int, int]]:

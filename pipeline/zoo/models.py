@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedConfig
+from transformers import __version__ as transformers_version
 
 from lorc_core.errors import ConfigError
 from lorc_core.model.architecture import Architecture, architecture_of
 from lorc_core.model.checkpoint import Checkpoint, model_directory, read_config
 from lorc_core.variant import BaseModel
+from pipeline.storage.store import Store
 from pipeline.zoo.sections import ModelEntry
 
 
@@ -23,21 +25,30 @@ class ResolvedModel:
     num_parameters: int
 
 
-def resolve(entry: ModelEntry, *, fetch_missing: bool = True) -> ResolvedModel:
-    """Fetch a model if it is a hub id, check its files, read its architecture.
+def resolve(entry: ModelEntry, store: Store, *, fetch_missing: bool = True) -> ResolvedModel:
+    """Fetch a model if it is a hub id, check that it is whole, read its architecture.
 
     Args:
         entry: From the zoo file.
+        store: Remembers which models were found whole.
         fetch_missing: Whether a hub model that is not on disk may be downloaded.
 
     Raises:
-        LorcError: As `Checkpoint` and `architecture_of` do, or ConfigError where the hub has no such model.
+        LorcError: As `Checkpoint`, `architecture_of` and `check_checkpoint` do.
+        ConfigError: The hub has no such model.
     """
     directory = model_directory(entry.source, entry.revision, fetch_missing=fetch_missing)
     checkpoint = Checkpoint(directory)
     config = read_config(directory, trust_remote_code=entry.trust_remote_code)
     architecture = architecture_of(config)
     fingerprint = checkpoint.fingerprint(architecture.tensor_names())
+    note = store.root / "whole" / f"{fingerprint}-transformers-{transformers_version}"
+    if not note.exists():  # the look imports the model's class, for which a run that finds all done need not wait
+        from lorc_core.model.integrity import check_checkpoint
+
+        check_checkpoint(checkpoint, config, trust_remote_code=entry.trust_remote_code)
+        note.parent.mkdir(exist_ok=True)
+        note.touch()
     return ResolvedModel(
         entry=entry,
         directory=directory,

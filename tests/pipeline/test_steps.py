@@ -108,10 +108,10 @@ def test_every_field_of_every_kind_has_one_role_and_no_two_kinds_one_name():
     assert len(names) == len(set(names)) >= 13
 
 
-def test_identities_are_those_of_finished_work_directories():
+def test_identities_are_those_of_finished_work_directories(tmp_path):
     """A change of any of these makes all work directories begin again: raise a revision, and say why, or mend it."""
     zoo = load_zoo(REPOSITORY / "examples" / "demo.yaml")
-    steps = model_steps(zoo, resolve(zoo.models[0]), "sqlite://")
+    steps = model_steps(zoo, resolve(zoo.models[0], Store(tmp_path)), "sqlite://")
     assert steps.windows[0].key == "windows-5cb2f693831a727baaff"
     assert steps.decompose["lorc"][0].key == "decompose-85e7b6a485e08c64ab27"
     assert steps.variants[0].schedule.key == "schedule-f2eccd19e32be238a2e8"
