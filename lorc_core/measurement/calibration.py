@@ -23,32 +23,31 @@ from lorc_core.model.architecture import architecture_of
 BATCH_TOKENS = 4096
 
 
-class LayerObserver:
-    """Adds up the moments of one layer."""
+class _LayerObserver:
+    """Adds up the moments of one layer over calls; None before the first."""
 
     def __init__(self, *, join_rotated_heads: bool) -> None:
         self.join_rotated_heads = join_rotated_heads
-        self.found: LayerMoments | None = None
+        self.moments: LayerMoments | None = None
 
     def __call__(self, states: AttentionStates) -> None:
-        keys, queries = by_kv_head(states.key), by_query_head(states.query, states.key.shape[1])
+        keys, queries = _by_kv_head(states.key), _by_query_head(states.query, states.key.shape[1])
         moments = key_and_query_moments(keys, queries, "", join_heads=True)
         moments["inputs"] = SecondMoment.of(states.hidden_states.double().norm(dim=-1).flatten()[:, None])
-        moments["values"] = SecondMoment.of(by_kv_head(states.value).transpose(0, 1).flatten(1))
+        moments["values"] = SecondMoment.of(_by_kv_head(states.value).transpose(0, 1).flatten(1))
         if states.rotation is not None:
-            rotated = by_query_head(states.rotated_query, states.key.shape[1])
-            keys = by_kv_head(states.rotated_key)
-            moments |= key_and_query_moments(keys, rotated, "rotated_", join_heads=self.join_rotated_heads)
-        batch = LayerMoments(moments)
-        self.found = batch if self.found is None else self.found + batch
+            keys, queries = _by_kv_head(states.rotated_key), _by_query_head(states.rotated_query, states.key.shape[1])
+            moments |= key_and_query_moments(keys, queries, "rotated_", join_heads=self.join_rotated_heads)
+        of_call = LayerMoments(moments)
+        self.moments = of_call if self.moments is None else self.moments + of_call
 
 
-def by_kv_head(states: Tensor) -> Tensor:
+def _by_kv_head(states: Tensor) -> Tensor:
     """(B, G, T, D) to (G, B * T, D)."""
     return states.transpose(0, 1).flatten(1, 2)
 
 
-def by_query_head(queries: Tensor, num_kv_heads: int) -> Tensor:
+def _by_query_head(queries: Tensor, num_kv_heads: int) -> Tensor:
     """(B, H, T, D) to (G, H / G, B * T, D): the queries that read each kv head."""
     return queries.transpose(0, 1).flatten(1, 2).unflatten(0, (num_kv_heads, -1))
 
@@ -73,20 +72,20 @@ def calibrate(
         NumericsError: Activations hold NaN or infinity; the message names the first such layer.
     """
     architecture = architecture_of(model.config)
-    observers = [LayerObserver(join_rotated_heads=join_rotated_heads) for _ in range(architecture.num_layers)]
+    observers = [_LayerObserver(join_rotated_heads=join_rotated_heads) for _ in range(architecture.num_layers)]
     with Attachment(model, architecture, [UNTOUCHED] * architecture.num_layers, observers):
         for batch in sequences:
             model.base_model(input_ids=batch.to(model.device), use_cache=False)
-    found = [observer.found for observer in observers]
-    for layer_idx, layer in enumerate(found):
-        if layer is None:
-            raise ConfigError("there are no calibration sequences")
-        for stage, moment in layer.moments.items():
+    layers = tuple(observer.moments for observer in observers if observer.moments is not None)
+    if not layers:
+        raise ConfigError("there are no calibration sequences")
+    for layer_idx, layer in enumerate(layers):
+        for name, moment in layer.moments.items():
             if not torch.isfinite(moment.total).all():
-                raise NumericsError(f"layer {layer_idx}: the {stage} hold NaN or infinity on the calibration text")
-    return tuple(layer for layer in found if layer is not None)
+                raise NumericsError(f"layer {layer_idx}: the {name} hold NaN or infinity on the calibration text")
+    return layers
 
 
 def batches(sequences: Int[Tensor, "s t"]) -> Iterator[Int[Tensor, "_ t"]]:
-    """So many sequences at a time that a batch has about 4,096 tokens."""
+    """So many sequences at a time that a batch has about 4,096 tokens; the last may be smaller."""
     yield from sequences.split(max(1, BATCH_TOKENS // sequences.shape[1]))

@@ -36,9 +36,12 @@ def exchanged_ranks(
         layers: Decomposed by one method.
         batches: Token ids of sequences of one length.
         start: The ranks that are improved.
+
+    Raises:
+        NumericsError: A loss is NaN or infinite.
     """
     stairs = schedule.stairs([layer_spectrum(layer) for layer in layers], Probes())
-    return Exchange(stairs, partial(loss_at_ranks, model, layers, batches)).improve(start, schedule.num_rounds)
+    return Exchange(stairs, partial(_loss_at_ranks, model, layers, batches)).improve(start, schedule.num_rounds)
 
 
 def max_exchange_passes(schedule: Sensitivity, num_layers: int) -> int:
@@ -48,7 +51,7 @@ def max_exchange_passes(schedule: Sensitivity, num_layers: int) -> int:
     return 1 + schedule.num_rounds * (2 * num_stairs + halvings)
 
 
-def loss_at_ranks(
+def _loss_at_ranks(
     model: PreTrainedModel, layers: Sequence[LayerDecomposition], batches: Batches, ranks: RankSchedule
 ) -> float:
     """The loss of a model compressed to these ranks, in nats per token."""
@@ -66,7 +69,8 @@ class Exchange:
     the better half of them, and so on. Rounds halve the number of floats.
 
     Attributes:
-        stairs: Rank steps of each layer's keys and values in turn.
+        stairs: Rank steps of each layer's keys and values in turn. Ranks are given as the number of steps climbed on
+            each.
         loss_of: Measures ranks on calibration text, in nats per token.
     """
 
@@ -74,52 +78,77 @@ class Exchange:
     loss_of: Callable[[RankSchedule], float]
 
     def improve(self, start: RankSchedule, num_rounds: int) -> RankSchedule:
-        """The best ranks found after so many rounds."""
+        """The best ranks of so many rounds.
+
+        Args:
+            start: The ranks that are improved; its note is kept.
+            num_rounds: In the first, an eighth of a layer's width moves at a time.
+        """
         steps = [
             stair.nearest(layer.floats(kind))
             for (layer, kind), stair in zip(itertools.product(start.layers, KINDS), self.stairs, strict=True)
         ]
         loss = self.loss_of(start)
         for round_idx in range(num_rounds):
-            move = max(round(FIRST_MOVE * start.kv_width / 2**round_idx), 1)
-            steps, loss = self._round(steps, loss, move, start)
+            floats = max(round(FIRST_MOVE * start.kv_width / 2**round_idx), 1)
+            steps, loss = self._round(steps, loss, floats, start)
         return climbed_ranks(self.stairs, steps, start.kv_width, start.note)
 
-    def _round(self, steps: list[int], loss: float, move: int, start: RankSchedule) -> tuple[list[int], float]:
-        losses = {
-            (idx, sign): self._loss(moved, start)
-            for idx in range(len(steps))
-            for sign in (-1, 1)
-            if (moved := self._moved(steps, {idx: sign * move})) != steps
-        }
-        givers = sorted((found, idx) for (idx, sign), found in losses.items() if sign < 0)
-        takers = sorted((found, idx) for (idx, sign), found in losses.items() if sign > 0)
-        pairs: list[tuple[int, int]] = []
-        used: set[int] = set()
-        for given, giver in givers:
-            partner = next(((taken, idx) for taken, idx in takers if idx not in used and idx != giver), None)
-            if giver in used or partner is None or given + partner[0] >= 2 * loss:
-                continue
-            used |= {giver, partner[1]}
-            pairs.append((giver, partner[1]))
+    def _round(self, steps: list[int], loss: float, floats: int, start: RankSchedule) -> tuple[list[int], float]:
+        """The steps after one round and their loss; those before it where no exchange lowers the loss."""
+        loss_after_giving: dict[int, float] = {}
+        loss_after_getting: dict[int, float] = {}
+        for idx in range(len(steps)):
+            for losses, change in ((loss_after_giving, -floats), (loss_after_getting, floats)):
+                moved = self._moved(steps, {idx: change})
+                if moved != steps:
+                    losses[idx] = self._loss(moved, start)
+        pairs = _exchange_pairs(loss_after_giving, loss_after_getting, loss)
+        # What single moves cost does not quite add up, the less so the more of them there are: measure, or halve.
         while pairs:
-            moves = {giver: -move for giver, _ in pairs} | {taker: move for _, taker in pairs}
-            moved = self._moved(steps, moves)
-            if self._total(moved) <= self._total(steps) and (found := self._loss(moved, start)) < loss:
-                return moved, found
+            changes = {giver: -floats for giver, _ in pairs} | {getter: floats for _, getter in pairs}
+            moved = self._moved(steps, changes)
+            if self._total(moved) <= self._total(steps) and (moved_loss := self._loss(moved, start)) < loss:
+                return moved, moved_loss
             pairs = pairs[: len(pairs) // 2]
         return steps, loss
 
     def _loss(self, steps: Sequence[int], start: RankSchedule) -> float:
         return self.loss_of(climbed_ranks(self.stairs, steps, start.kv_width, start.note))
 
-    def _moved(self, steps: Sequence[int], moves: Mapping[int, int]) -> list[int]:
-        """Steps after giving or taking floats; takers round down, givers too, so that the total does not grow."""
+    def _moved(self, steps: Sequence[int], changes: Mapping[int, int]) -> list[int]:
+        """Steps after some staircases give or get floats: at least as many are given, at most as many got.
+
+        Only one that gets down to its first step gives less.
+        """
         moved = list(steps)
-        for idx, floats in moves.items():
+        for idx, floats in changes.items():
             totals = self.stairs[idx].totals
             moved[idx] = max(bisect_right(totals, totals[steps[idx] - 1] + floats), 1)
         return moved
 
     def _total(self, steps: Sequence[int]) -> int:
+        """Floats per token."""
         return sum(stair.totals[count - 1] for stair, count in zip(self.stairs, steps, strict=True))
+
+
+def _exchange_pairs(
+    loss_after_giving: Mapping[int, float], loss_after_getting: Mapping[int, float], loss: float
+) -> list[tuple[int, int]]:
+    """Who gives to whom, by index of the staircase, the best pair first; each takes part once.
+
+    The givers that are missed least are paired with the getters that gain most, as long as giving and getting together
+    promise a fall: (giving - loss) + (getting - loss) < 0.
+    """
+    givers = sorted((giving, idx) for idx, giving in loss_after_giving.items())
+    getters = sorted((getting, idx) for idx, getting in loss_after_getting.items())
+    pairs: list[tuple[int, int]] = []
+    used: set[int] = set()
+    for giving, giver in givers:
+        best = next(((getting, idx) for getting, idx in getters if idx not in used and idx != giver), None)
+        if giver in used or best is None or giving + best[0] >= 2 * loss:
+            continue
+        getter = best[1]
+        used |= {giver, getter}
+        pairs.append((giver, getter))
+    return pairs
