@@ -1,4 +1,4 @@
-"""What needs text and a forward or backward pass: calibration, probes, exchanges of ranks, training.
+"""What needs text and a pass of the model: calibration, probes, exchanges of ranks; in `training`, distillation.
 
 What weights alone tell is in `decomposition`.
 """

@@ -17,7 +17,8 @@ from lorc_core.measurement.calibration import batches, calibrate
 from lorc_core.measurement.calibration_text import Calibration, calibration_text
 from lorc_core.measurement.exchange import exchanged_ranks, max_exchange_passes
 from lorc_core.measurement.probes import max_passes, probe
-from lorc_core.measurement.training import Trainer, trained_layers
+from lorc_core.measurement.training.latent_bases import trained_layers
+from lorc_core.measurement.training.trainer import Trainer
 from lorc_core.methods import Method
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.integrity import check_model

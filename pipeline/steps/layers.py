@@ -65,7 +65,7 @@ class TrainStep(ModelStep):
     layers: Input[tuple[DecomposeStep, ...]]
 
     def run(self, output: Path, store: Store, model: "PreTrainedModel") -> Progress:
-        from lorc_core.measurement.training import Trainer
+        from lorc_core.measurement.training.trainer import Trainer
 
         trainer = Trainer(model, [load_layer(path) for path in store.paths(self.layers)], self.training)
         text = torch.from_numpy(windows_of(self.windows, store, model))
@@ -94,7 +94,7 @@ class ChangeBasisStep(FileStep):
     trained: Input[TrainStep]
 
     def run(self, output: Path, store: Store) -> None:
-        from lorc_core.measurement.training import change_basis
+        from lorc_core.measurement.training.latent_bases import change_basis
 
         start, bases = load_layer(store.path(self.layer)), load_bases(store.path(self.trained), self.layer_idx)
         changed = KeysValues.of(lambda kind: change_basis(start[kind], bases[kind], self.readers[kind]))

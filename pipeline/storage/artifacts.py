@@ -27,7 +27,7 @@ from pipeline.storage.tables import read_rows, write_table
 
 if TYPE_CHECKING:  # these import what loads models, for which a run that finds all done need not wait
     from lorc_core.attention.adapters import AdapterTensors
-    from lorc_core.measurement.training import Bases
+    from lorc_core.measurement.training.latent_bases import Bases
 
 WINDOWS_FILE = "windows.npy"
 LAYER_FILE = "layer.safetensors"

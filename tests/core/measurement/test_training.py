@@ -12,7 +12,8 @@ from lorc_core.decomposition.bounds import read_error
 from lorc_core.decomposition.moments import moments_of
 from lorc_core.errors import ConfigError
 from lorc_core.measurement.calibration import calibrate
-from lorc_core.measurement.training import Trainer, change_basis, trained_layers
+from lorc_core.measurement.training.latent_bases import change_basis, trained_layers
+from lorc_core.measurement.training.trainer import Trainer
 from lorc_core.methods import METHODS, Training
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.channels import diagonal_blocks

@@ -15,8 +15,12 @@ from lorc_core.model.architecture import Architecture
 ADAPTER = "lorc"
 
 
-class Adapters:
-    """LoRA layers that `peft` put into a model; none where the rank is 0."""
+class LoraLayers:
+    """The layers that `peft` put into a model; none where the rank is 0.
+
+    Args:
+        layers: By the adapter's name; see `adapted_modules`.
+    """
 
     def __init__(self, layers: Mapping[str, Any]) -> None:
         self.layers = layers
@@ -34,22 +38,29 @@ class Adapters:
 
     def tensors(self) -> AdapterTensors:
         """The adapters as they are now."""
-        found: AdapterTensors = {}
+        tensors: AdapterTensors = {}
         for name, layer in self.layers.items():
-            found[f"{name}.down"] = layer.lora_A[ADAPTER].weight.detach().clone().cpu()
-            found[f"{name}.up"] = (layer.lora_B[ADAPTER].weight.detach() * layer.scaling[ADAPTER]).cpu()
-        return found
+            tensors[f"{name}.down"] = layer.lora_A[ADAPTER].weight.detach().clone().cpu()
+            tensors[f"{name}.up"] = (layer.lora_B[ADAPTER].weight.detach() * layer.scaling[ADAPTER]).cpu()
+        return tensors
 
 
 @contextmanager
-def injected_adapters(model: PreTrainedModel, architecture: Architecture, rank: int, seed: int) -> Iterator[Adapters]:
-    """LoRA layers in a model while the block runs; the model's own modules come back.
+def injected_lora(model: PreTrainedModel, architecture: Architecture, rank: int, seed: int) -> Iterator[LoraLayers]:
+    """LoRA layers on W_q, W_k, W_v and W_o of a model while the block runs; the model's own modules come back.
+
+    Args:
+        model: Whose projections are wrapped.
+        architecture: Of the model.
+        rank: Of the adapters; 0 for none.
+        seed: Of their first factors. The global generator is left as it was.
 
     Raises:
         ConfigError: `peft` is not installed.
+        UnsupportedModelError: The projections are fused into one tensor.
     """
     if rank == 0:
-        yield Adapters({})
+        yield LoraLayers({})
         return
     try:
         from peft import LoraConfig
@@ -62,9 +73,9 @@ def injected_adapters(model: PreTrainedModel, architecture: Architecture, rank: 
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # peft draws the first factors from the global generator
             LoraModel(base, LoraConfig(r=rank, lora_alpha=rank, target_modules=list(own)), ADAPTER)
-        adapters = Adapters({name: base.get_submodule(path) for name, path in paths.items()})
-        adapters.modules().float()  # Adam's steps are lost in half precision
-        yield adapters
+        layers = LoraLayers({name: base.get_submodule(path) for name, path in paths.items()})
+        layers.modules().float()  # Adam's steps are lost in half precision
+        yield layers
     finally:
         for path, module in own.items():
             base.set_submodule(path, module)
