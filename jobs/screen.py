@@ -14,7 +14,6 @@ from pipeline.results import Result
 from pipeline.steps.outcome import Milestone, Outcome
 from pipeline.steps.step import Step
 
-GIB = 1024**3
 WIDTH_OF_FILES = 140  # where the output is no terminal
 
 

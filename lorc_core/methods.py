@@ -28,12 +28,14 @@ class Axes:
     Attributes:
         statistics: Where second moments come from: `weights` (C = W W^T), `weights_with_gain` (the input norm folded
             in) or `calibration` (measured on text).
-        reader: Whose error is minimised: the states' own (`none`), that of what queries or W_o read of them
-            (`interaction`), or nearly so by an orthogonal projector on the top of C + M (`stacked`).
+        reader: Whose error is minimised: that of the states (`none`), or that of what queries or W_o read of them
+            (`interaction`). `stacked` is a compromise: an orthogonal projector that keeps what is large in the states
+            or in their readers.
         block: `joint`, `group(h)`, `head` or `frequency`; see `Partition`.
         space: Keys before or after the rotation; the same where there is none, and for values.
         gqa: Query heads that share a kv head are stacked, as is right, or summed, for comparison.
-        mean: The constant that every projection keeps: the one known from biases, or the one measured on text.
+        mean: Where the mean of the states comes from, which every projection keeps: from biases (`known`), or from
+            text (`measured`).
     """
 
     statistics: Statistics
@@ -67,7 +69,11 @@ class Axes:
         return (self.statistics, self.space) == ("calibration", "post_rope") and self.block not in ("head", "frequency")
 
     def has_mean(self, architecture: Architecture, layer_idx: int, kind: Kind) -> bool:
-        """Whether a constant is kept beside the factors: not the bias of keys that a norm or a rotation follows."""
+        """Whether the mean of the states is kept beside the factors.
+
+        Where it is known, it is a bias: of the projection, or the shift of the norm before it. A norm or a rotation
+        after the projection leaves no constant.
+        """
         if self.mean == "measured":
             return True
         if kind == "keys" and (architecture.qk_norm or self.rotated(architecture, layer_idx)):
@@ -75,7 +81,11 @@ class Axes:
         return architecture.bias or (architecture.input_norm == "layer" and self.statistics != "weights")
 
     def partition(self, architecture: Architecture) -> Partition:
-        """The blocks of one layer of a model; ConfigError where it cannot have them."""
+        """The blocks of each layer's keys or values.
+
+        Raises:
+            ConfigError: The model cannot have them; see `partition_of`.
+        """
         rotary = architecture.rotaries[0] if architecture.rotary else None
         return partition_of(self.block, architecture.num_kv_heads, architecture.head_dim, rotary)
 
@@ -130,7 +140,7 @@ class Method:
         name: In zoo files and tables.
         keys: Axes of the keys.
         values: Axes of the values; without rotation, so always `pre_rope`, and never by `frequency`.
-        schedule: The one of its source or, of lorc's own, the best measured (docs/quality.md).
+        schedule: Its source's or, for methods of lorc's own, the best measured (docs/quality.md).
         source: Where it was published, and how far this is that.
         layers: Other methods for single layers, by layer.
         training: How its factors are trained; None where they are not.
@@ -145,9 +155,9 @@ class Method:
     training: Training | None = None
 
     def __post_init__(self) -> None:
-        if self.training and "frequency" in [one.keys.block for one in (self, *self.layers.values())]:
+        if self.training and "frequency" in [method.keys.block for method in self.methods]:
             raise ConfigError("trained projections need real blocks; those of block frequency are complex")
-        if any(one.training for one in self.layers.values()):
+        if any(method.training for method in self.layers.values()):
             raise ConfigError("training is of all layers together, not of single ones")
         if self.values.space != "pre_rope" or self.values.block == "frequency":
             raise ConfigError("values are not rotated: their space is pre_rope, and their block not frequency")
@@ -155,11 +165,17 @@ class Method:
     def __repr__(self) -> str:
         return configuration_repr(self)
 
+    @property
+    def methods(self) -> tuple["Method", ...]:
+        """This method and those of single layers."""
+        return (self, *self.layers.values())
+
     def at(self, layer_idx: int) -> "Method":
-        """The method of one layer."""
+        """The method of one layer: its own, where it has one in `layers`."""
         return self.layers.get(layer_idx, self)
 
     def axes(self, layer_idx: int, kind: Kind) -> Axes:
+        """How the keys, or the values, of one layer are projected."""
         method = self.at(layer_idx)
         return method.keys if kind == "keys" else method.values
 
@@ -173,21 +189,29 @@ class Method:
     @property
     def joins_rotated_heads(self) -> bool:
         """See `Axes.joins_rotated_heads`; of any layer."""
-        return any(one.keys.joins_rotated_heads for one in (self, *self.layers.values()))
+        return any(method.keys.joins_rotated_heads for method in self.methods)
 
     @property
     def needs_calibration(self) -> bool:
-        axes = [axes for one in (self, *self.layers.values()) for axes in (one.keys, one.values)]
-        return self.training is not None or any(one.statistics == "calibration" for one in axes)
+        """Whether the method measures on text, or trains on it."""
+        all_axes = [axes for method in self.methods for axes in (method.keys, method.values)]
+        return self.training is not None or any(axes.statistics == "calibration" for axes in all_axes)
 
     def check(self, architecture: Architecture) -> None:
-        """Raise ConfigError where a model cannot be compressed so; the message says why."""
+        """Refuse a model that cannot be compressed so.
+
+        Args:
+            architecture: Of the model.
+
+        Raises:
+            ConfigError: A layer does not exist or has no rotation, or blocks do not divide its heads.
+        """
         for layer_idx in self.layers:
             if not 0 <= layer_idx < architecture.num_layers:
                 raise ConfigError(
                     f"method {self.name}: layer {layer_idx} does not exist; layers are 0..{architecture.num_layers - 1}"
                 )
-        for method in (self, *self.layers.values()):
+        for method in self.methods:
             for kind in KINDS:
                 try:
                     method.axes(-1, kind).partition(architecture)
@@ -201,7 +225,15 @@ class Method:
                 )
 
     def check_enough_tokens(self, architecture: Architecture, num_tokens: int) -> None:
-        """Raise ConfigError where a measured moment of one of the blocks could not have full rank."""
+        """Refuse a calibration text of which a measured moment could not have full rank.
+
+        Args:
+            architecture: Of the model.
+            num_tokens: Of the text.
+
+        Raises:
+            ConfigError: A block has more channels than there are tokens.
+        """
         for layer_idx in range(architecture.num_layers):
             for kind in KINDS:
                 axes = self.axes(layer_idx, kind)
@@ -219,7 +251,7 @@ class Method:
 
 
 def method_from_dict(saved: Mapping[str, Any]) -> Method:
-    """The inverse of `Method.to_dict`."""
+    """The inverse of `Method.to_dict`, also after JSON."""
     layers = {int(idx): method_from_dict(method) for idx, method in saved["layers"].items()}
     training = Training(**saved["training"]) if saved["training"] else None
     keys, values = (Axes(**saved[kind]) for kind in KINDS)
@@ -228,7 +260,7 @@ def method_from_dict(saved: Mapping[str, Any]) -> Method:
 
 
 def both(axes: Axes, **keys: Any) -> tuple[Axes, Axes]:
-    """The same axes for keys and values, but for those given for the keys."""
+    """Axes of keys and of values: the same, but for those of the keys that are named."""
     return replace(axes, **keys), axes
 
 
@@ -312,7 +344,11 @@ METHODS = {
 
 
 def known_method(name: str) -> Method:
-    """The method of that name; ConfigError with the known names otherwise."""
+    """The preset of that name.
+
+    Raises:
+        ConfigError: There is none; the message has the known names.
+    """
     if name not in METHODS:
         raise ConfigError(f"method {name!r} is not known; known are {', '.join(sorted(METHODS))}")
     return METHODS[name]

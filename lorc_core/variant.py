@@ -29,10 +29,12 @@ FACTOR_TENSORS = ("up", "own_down", "mean")
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The model a variant was made for.
+    """The model that a variant was made for.
 
-    `source` is a directory or a hub id. `fingerprint` is that of its checkpoint, absent for a model that was
-    compressed in memory and cannot be told from its files.
+    Attributes:
+        source: Its directory or hub id; empty for a model in memory that was not loaded from anywhere.
+        revision: Its commit on the hub; None for a directory.
+        fingerprint: Of its checkpoint; None for a model in memory, which may differ from its files.
     """
 
     source: str
@@ -44,8 +46,15 @@ class BaseModel:
 class Variant:
     """One base model compressed by one method to one budget.
 
-    `factors[layer_idx][kind]` is None where that layer's keys or values keep their full width. `adapters` are LoRA
-    matrices trained with the factors, empty for most variants; see `lorc_core.attention.adapters`.
+    Attributes:
+        base: What was compressed.
+        architecture: Its facts.
+        method: How projections were chosen.
+        schedule: How ranks were chosen, as `dataclasses.asdict` gives it.
+        ranks: Of every layer.
+        factors: For each layer, of its keys and of its values; None where they keep their full width.
+        adapters: LoRA matrices trained with the factors, by name; empty for most variants. See
+            `lorc_core.attention.adapters`.
     """
 
     base: BaseModel
@@ -84,7 +93,7 @@ class Variant:
         for layer_idx, layer in enumerate(self.factors):
             for kind, factors in layer.items():
                 if factors is not None:
-                    tensors |= {f"layers.{layer_idx}.{kind}.{name}": one for name, one in factors.tensors().items()}
+                    tensors |= {f"layers.{layer_idx}.{kind}.{name}": part for name, part in factors.tensors().items()}
         return tensors
 
     @property
@@ -107,6 +116,9 @@ class Variant:
 
 def load_variant(directory: Path | str) -> Variant:
     """Read a variant and check that its files are whole and of this schema.
+
+    Args:
+        directory: As `Variant.save` wrote it.
 
     Raises:
         ArtifactError: No variant is there, a file was altered, or the schema is another.
@@ -156,7 +168,21 @@ def read_factors(
     place: LayerKind,
     made_by: tuple[Method, Architecture],
 ) -> Factors | None:
-    """The factors that the schedule asks for; None where the full width is kept."""
+    """The factors of one layer's keys or values, of the shapes that ranks and method say.
+
+    Args:
+        directory: Of the variant, for errors.
+        tensors: All of its tensors, by name.
+        ranks: Of each block.
+        place: Which layer, and keys or values.
+        made_by: Method and architecture of the variant.
+
+    Returns:
+        The factors; None where the full width is kept.
+
+    Raises:
+        ArtifactError: A tensor is absent or of another shape.
+    """
     method, architecture = made_by
     axes, prefix = method.axes(*place), f"layers.{place.layer_idx}.{place.kind}"
     if sum(ranks) == architecture.kv_width:
@@ -170,8 +196,8 @@ def read_factors(
     for name, shape in expected.items():
         tensor = tensors.get(f"{prefix}.{name}")
         if tensor is None or tuple(tensor.shape) != shape:
-            found = "absent" if tensor is None else f"{tuple(tensor.shape)}"
-            raise ArtifactError(f"{directory / FACTORS_FILE}: {prefix}.{name} must be {shape}, it is {found}")
+            stored = "absent" if tensor is None else f"{tuple(tensor.shape)}"
+            raise ArtifactError(f"{directory / FACTORS_FILE}: {prefix}.{name} must be {shape}, it is {stored}")
     up, own_down, mean = (tensors[f"{prefix}.{name}"] if name in expected else None for name in FACTOR_TENSORS)
     assert up is not None
     return Factors(partition, ranks, up, own_down, mean, axes.rotated(architecture, place.layer_idx))

@@ -22,8 +22,9 @@ from lorc_core.caches.memory import cache_bytes
 from lorc_core.errors import ArtifactError, NumericsError
 from lorc_core.model.checkpoint import read_config
 from lorc_core.model.integrity import check_model
+from pipeline.zoo.sections import ELEMENT_BYTES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ELEMENT_BYTES}
 
 
 def device_plan(

@@ -17,10 +17,9 @@ from pipeline.steps.failures import logged_failure
 from pipeline.steps.graph import model_steps
 from pipeline.steps.step import distinct
 from pipeline.storage.store import Store
-from pipeline.zoo.limits import GIB
 from pipeline.zoo.models import config_for_planning, resolve
 from pipeline.zoo.schema import Zoo
-from pipeline.zoo.sections import ModelEntry
+from pipeline.zoo.sections import GIB, ModelEntry
 from pipeline.zoo.variants import VariantEntry, variant_label
 from pipeline.zoo_run import wanted_steps
 

@@ -20,6 +20,7 @@ from lorc_core.methods import METHODS, Method
 from lorc_core.model.architecture import Architecture, architecture_of
 from lorc_core.model.kinds import KINDS, KeysValues, Kind
 from lorc_core.variant import load_variant
+from pipeline.zoo.sections import ELEMENT_BYTES
 
 LLAMA_3 = {"vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 131072}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -50,7 +51,6 @@ CONTENDERS = (
     ("lorc", 0.25, 0.75),
 )
 BASELINE = "untouched"
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Subject:
 
     def __post_init__(self) -> None:
         check_known("shape", [self.shape], SHAPES)
-        check_known("dtype", [self.dtype], DTYPES)
+        check_known("dtype", [self.dtype], ELEMENT_BYTES)
         if self.variant is not None and self.model is None:
             raise ConfigError("a variant is measured on its base model; name its directory with --model")
         if self.model is not None and (self.num_layers or self.intermediate_size):

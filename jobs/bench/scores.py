@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from jobs.bench.models import DTYPES, check_known, seconds_of
+from jobs.bench.models import check_known, seconds_of
 from jobs.screen import console
 from lorc_core.attention.scores.choice import CHOICES, key_scores, setting_of
 from lorc_core.attention.scores.interpolated import interpolated_scores, interpolation_of
@@ -25,6 +25,7 @@ from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rebuilt_scores
 from lorc_core.decomposition.factors import Factors
 from lorc_core.model.blocks import Partition
 from lorc_core.model.rotation import Rotation
+from pipeline.zoo.sections import ELEMENT_BYTES
 
 HEADS = ((16, 8), (32, 8), (32, 32))  # query heads, kv heads
 HEAD_DIM = 128
@@ -80,7 +81,7 @@ def main(context: int, batch_size: int, dtype: str) -> None:
     Raises:
         ConfigError: The dtype is not known.
     """
-    check_known("dtype", [dtype], DTYPES)
+    check_known("dtype", [dtype], ELEMENT_BYTES)
     screen = console()
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     screen.print(f"{where}, torch {torch.__version__}, {dtype}, {context:,} slots, batch {batch_size}, kept {KEPT:g}")

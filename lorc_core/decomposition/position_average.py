@@ -8,7 +8,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from lorc_core.model.architecture import Architecture
-from lorc_core.model.rotation import rotary_pairs
+from lorc_core.model.rotation import channel_pairs
 
 
 def position_average(moment: Float[Tensor, "n n"], architecture: Architecture, layer_idx: int) -> Float[Tensor, "n n"]:
@@ -31,7 +31,7 @@ def position_average(moment: Float[Tensor, "n n"], architecture: Architecture, l
     rotary = architecture.layer_rotary(layer_idx)
     assert rotary is not None
     heads, head_dim = architecture.num_kv_heads, architecture.head_dim
-    channels, frequencies, scales = (part.to(moment.device) for part in rotary_pairs(rotary, head_dim))
+    channels, frequencies, scales = (part.to(moment.device) for part in channel_pairs(rotary, head_dim))
     starts = torch.arange(heads, device=moment.device)[:, None] * head_dim
     a, b = ((starts + channels[part]).flatten() for part in (0, 1))  # the two channels of each pair, head after head
     theta, scale = frequencies.repeat(heads), scales.repeat(heads)

@@ -15,7 +15,7 @@ from lorc_core.methods import Gqa
 from lorc_core.model.architecture import Architecture
 from lorc_core.model.checkpoint import WeightSource
 from lorc_core.model.kinds import PROJECTION_OF, Kind, Projection
-from lorc_core.model.weights import read_bias, read_gain, read_output, read_weight
+from lorc_core.model.weights import read_bias, read_norm_gain, read_output, read_weight
 
 
 def projected_input(
@@ -41,7 +41,7 @@ def projected_input(
     bias = None if stored is None else stored.double()
     if architecture.input_norm is None or not gain:
         return weight, bias
-    scaled = weight * read_gain(source, architecture, layer_idx).double()
+    scaled = weight * read_norm_gain(source, architecture, layer_idx).double()
     if architecture.input_norm in ("rms", "rms_plus_one"):
         return scaled, bias
     centred = scaled - scaled.mean(dim=1, keepdim=True)  # W diag(g) (I - 11^T/I)

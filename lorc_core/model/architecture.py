@@ -22,8 +22,18 @@ class Architecture:
     """The facts of one model that decide the shape and the statistics of its cache.
 
     Attributes:
+        model_type: Of the config; its row in `FAMILIES`.
+        num_layers: Layers with attention.
+        hidden_size: Width of the hidden states, which the projections read.
+        num_heads: Query heads.
+        num_kv_heads: Key heads, as many as value heads.
         num_cached_heads: Heads that the untouched module caches: more than `num_kv_heads` where it caches copies.
-        norm: Path of the input norm, to be filled with the layer's number.
+        head_dim: Channels of a head.
+        bias: Whether the projections of queries, keys and values have one.
+        qk_norm: Whether queries and keys pass a norm of their own after the projection.
+        input_norm: The kind of the norm before the attention; None where there is none, or none with a gain.
+        norm: Path of that norm below `model.base_model`, to be filled with the layer's number.
+        max_tokens: Tokens of the longest input.
         rotaries: Every kind of rotation in the model.
         rotary_of_layer: For each layer, which of them; None where its keys are not rotated.
     """
@@ -46,12 +56,15 @@ class Architecture:
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "Architecture":
         """The inverse of `to_dict`, also after JSON, which has lists for tuples."""
-        rotaries = tuple(Rotary(**(one | {"frequencies": tuple(one["frequencies"])})) for one in saved["rotaries"])
+        rotaries = tuple(
+            Rotary(**(rotary | {"frequencies": tuple(rotary["frequencies"])})) for rotary in saved["rotaries"]
+        )
         tuples = {"rotaries": rotaries, "rotary_of_layer": tuple(saved["rotary_of_layer"])}
         return cls(**(dict(saved) | tuples))
 
     @property
     def family(self) -> Family:
+        """Where the model type keeps its attention."""
         return FAMILIES[self.model_type]
 
     @property
@@ -99,6 +112,7 @@ class Architecture:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON values; the inverse is `from_dict`."""
         return asdict(self)
 
 
@@ -115,7 +129,7 @@ def architecture_of(config: "transformers.PreTrainedConfig") -> Architecture:
     family = family_of(config)
     check_sizes(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    num_kv_heads = kv_heads(config)
+    num_kv_heads = num_kv_heads_of(config)
     rotaries, rotary_of_layer = rotaries_of(config, family, head_dim)
     return Architecture(
         model_type=config.model_type,
@@ -123,35 +137,35 @@ def architecture_of(config: "transformers.PreTrainedConfig") -> Architecture:
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=num_kv_heads,
-        num_cached_heads=config.num_attention_heads if caches_copies(config) else num_kv_heads,
+        num_cached_heads=config.num_attention_heads if caches_repeated_heads(config) else num_kv_heads,
         head_dim=head_dim,
-        bias=fact(config, family.bias),
-        qk_norm=fact(config, family.qk_norm),
-        input_norm=input_norm(config, family),
-        norm="h.{}.ln_attn" if has_norms_of_its_own(config) else family.norm,
+        bias=config_fact(config, family.bias),
+        qk_norm=config_fact(config, family.qk_norm),
+        input_norm=input_norm_of(config, family),
+        norm="h.{}.ln_attn" if has_norm_for_attention(config) else family.norm,
         max_tokens=family.max_tokens if isinstance(family.max_tokens, int) else getattr(config, family.max_tokens),
         rotaries=rotaries,
         rotary_of_layer=rotary_of_layer,
     )
 
 
-def fact(config: "transformers.PreTrainedConfig", named: str | bool) -> bool:
-    """A config field, or the fact itself."""
+def config_fact(config: "transformers.PreTrainedConfig", named: str | bool) -> bool:
+    """A fact of a family's row: the value of the config field that the row names, or the row's own."""
     return named if isinstance(named, bool) else bool(getattr(config, named))
 
 
-def caches_copies(config: "transformers.PreTrainedConfig") -> bool:
+def caches_repeated_heads(config: "transformers.PreTrainedConfig") -> bool:
     """Falcon's newer decoder repeats each kv head for its query heads before it caches them."""
     return config.model_type == "falcon" and config.new_decoder_architecture
 
 
-def has_norms_of_its_own(config: "transformers.PreTrainedConfig") -> bool:
+def has_norm_for_attention(config: "transformers.PreTrainedConfig") -> bool:
     """Falcon's newer decoder has, unless told otherwise, one norm for the attention and one for the MLP."""
-    return caches_copies(config) and config.num_ln_in_parallel_attn in (None, 2)
+    return caches_repeated_heads(config) and config.num_ln_in_parallel_attn in (None, 2)
 
 
-def kv_heads(config: "transformers.PreTrainedConfig") -> int:
-    """Different kv heads of a layer."""
+def num_kv_heads_of(config: "transformers.PreTrainedConfig") -> int:
+    """Different kv heads of a layer; Falcon's configs say it in three ways."""
     if config.model_type == "falcon":
         if config.new_decoder_architecture:
             return config.num_kv_heads
@@ -159,7 +173,10 @@ def kv_heads(config: "transformers.PreTrainedConfig") -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
-def input_norm(config: "transformers.PreTrainedConfig", family: Family) -> NormKind | None:
-    """The norm whose gain the projections' input carries; OPT-350m has its norms elsewhere, Galactica without gain."""
+def input_norm_of(config: "transformers.PreTrainedConfig", family: Family) -> NormKind | None:
+    """The kind of the norm whose gain the projections' input carries; None where there is none.
+
+    OPT-350m has its norms after the attention, Galactica has them without a gain.
+    """
     before = getattr(config, "do_layer_norm_before", True)
     return family.norm_kind if before and getattr(config, "layer_norm_elementwise_affine", True) else None

@@ -27,12 +27,20 @@ def check_block(block: str) -> None:
 
 @dataclass(frozen=True)
 class Partition:
-    """Blocks of one layer's keys or values.
+    """How one layer's keys or values are split into blocks.
 
-    `joint` is one block of all kv heads, `group(h)` one for every h neighbouring heads, `head` one per head,
-    `frequency` one per rotary frequency over all heads: its channels are the real parts of that frequency, then the
-    imaginary parts, and it is projected as complex numbers, so that the projection commutes with the rotation. In
-    `interleaved_frequency` the two parts are neighbouring channels of a head, not half a head apart.
+    - `joint`: one block of all kv heads.
+    - `group(h)`: one for every h neighbouring heads.
+    - `head`: one per head.
+    - `frequency`: one per rotary frequency, over all heads. Its channels are the first channel of that pair in every
+      head, then the second; the projection takes the two as real and imaginary part of a complex number, so that it
+      commutes with the rotation.
+    - `interleaved_frequency`: the same where the two channels of a pair are neighbours, not half a head apart.
+
+    Attributes:
+        block: One of these.
+        num_kv_heads: Of the layer.
+        head_dim: Channels of a head.
     """
 
     block: str
@@ -41,10 +49,12 @@ class Partition:
 
     @property
     def kv_width(self) -> int:
+        """Channels of all blocks."""
         return self.num_kv_heads * self.head_dim
 
     @property
     def is_complex(self) -> bool:
+        """Whether blocks are projected as complex numbers."""
         return self.block in COMPLEX_BLOCKS
 
     @property
@@ -60,11 +70,12 @@ class Partition:
 
     @property
     def heads_per_block(self) -> int:
+        """Kv heads that a block has channels of."""
         return {"head": 1}.get(self.block) or group_size(self.block) or self.num_kv_heads
 
     @property
     def rank_step(self) -> int:
-        """Floats of the least latent: a complex number has two."""
+        """Ranks of a block are multiples of this: a complex latent takes two floats."""
         return 2 if self.is_complex else 1
 
     @property

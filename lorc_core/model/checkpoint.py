@@ -1,7 +1,7 @@
 """Read single tensors from a local safetensors checkpoint, never the whole model.
 
-Also the identity of a checkpoint's content, so that what was computed from one model is never taken for
-another's. Fetching from a hub is left to the pipeline.
+Also where a model's files are, and the identity of their content, so that what was computed from one model is never
+taken for another's.
 """
 
 import hashlib
@@ -44,7 +44,9 @@ TOKENIZER_FILES = (
 class WeightSource(Protocol):
     """Anything that hands out a model's tensors by their names below `model.base_model`."""
 
-    def read(self, name: str) -> Float[Tensor, "..."]: ...
+    def read(self, name: str) -> Float[Tensor, "..."]:
+        """The tensor of that name, in the dtype that it has there."""
+        ...
 
 
 class Checkpoint:
@@ -78,7 +80,7 @@ class Checkpoint:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all tensors."""
+        """Numbers in all tensors of all files."""
         return sum(math.prod(entry["shape"]) for header in self.headers.values() for entry in header.values())
 
     @property
@@ -90,6 +92,12 @@ class Checkpoint:
         """Hash of the config, all headers, samples spread over every tensor and all bytes of `names`.
 
         An edit of other tensors between the samples is not seen; reading all of a 70B model would take minutes.
+
+        Args:
+            names: Of the tensors that count whole, below the base model; `Architecture.tensor_names` for a variant.
+
+        Raises:
+            ArtifactError: There is no such tensor.
         """
         whole = {self.full_name(name) for name in names}
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
@@ -105,11 +113,17 @@ class Checkpoint:
         return digest.hexdigest()
 
     def full_name(self, name: str) -> str:
-        """Checkpoints differ in the prefix of their names ("model.", none); match on the end."""
+        """The name in the files of the tensor called `name` below the base model.
+
+        Checkpoints differ in what stands before it ("model.", "transformer.", nothing), so the end is matched.
+
+        Raises:
+            ArtifactError: No tensor, or more than one, has that name.
+        """
         matches = [full for full in self.file_of if full == name or full.endswith(f".{name}")]
         if len(matches) != 1:
-            found = f"{len(matches)} tensors match: {matches}" if matches else "no tensor has that name"
-            raise ArtifactError(f"{self.directory}: tensor {name}: {found}")
+            problem = f"{len(matches)} tensors match: {matches}" if matches else "no tensor has that name"
+            raise ArtifactError(f"{self.directory}: tensor {name}: {problem}")
         return matches[0]
 
 

@@ -11,7 +11,7 @@ from lorc_core.errors import UnsupportedModelError
 if TYPE_CHECKING:
     import transformers
 
-# Of RMSNorm and LayerNorm, the kinds whose stored weight is the gain less one, and without a bias.
+# `rms_plus_one`: RMSNorm whose stored weight is its gain less one (Gemma); `layer_unbiased`: LayerNorm without a bias.
 NormKind = Literal["rms", "rms_plus_one", "layer", "layer_unbiased"]
 # One tensor for all three: whole W_q, W_k, W_v one after another, or for each kv head its query heads, key, value.
 Fused = Literal["stacked", "grouped"]
@@ -206,7 +206,11 @@ def reason_unsupported(config: "transformers.PreTrainedConfig") -> str | None:
 
 
 def family_of(config: "transformers.PreTrainedConfig") -> Family:
-    """The row of a config's model type; UnsupportedModelError with the reason where there can be none."""
+    """The row of a config's model type.
+
+    Raises:
+        UnsupportedModelError: It has none, or cannot have one; the message says why.
+    """
     if reason := reason_unsupported(config):
         raise UnsupportedModelError(f"model type {config.model_type!r} is not supported: {reason}")
     if config.model_type not in FAMILIES:

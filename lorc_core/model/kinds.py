@@ -15,7 +15,7 @@ Mapped = TypeVar("Mapped")
 
 
 class LayerKind(NamedTuple):
-    """The keys, or the values, of one layer."""
+    """A place in a model: the keys of one layer, or its values."""
 
     layer_idx: int
     kind: Kind
@@ -33,7 +33,7 @@ class KeysValues(Generic[T_co]):
 
     @staticmethod
     def of(make: Callable[[Kind], T]) -> "KeysValues[T]":
-        """What `make` gives for each kind."""
+        """The pair of what `make` gives for keys and for values."""
         return KeysValues(make("keys"), make("values"))
 
     def __getitem__(self, kind: Kind) -> T_co:
@@ -44,12 +44,12 @@ class KeysValues(Generic[T_co]):
         yield self.values
 
     def items(self) -> Iterator[tuple[Kind, T_co]]:
-        """Each kind with what is its own."""
+        """The two, each with its kind."""
         yield "keys", self.keys
         yield "values", self.values
 
     def map(self, change: Callable[[T_co], Mapped]) -> "KeysValues[Mapped]":
-        """The same of both, changed."""
+        """The pair of what `change` makes of the two."""
         return KeysValues(change(self.keys), change(self.values))
 
 
@@ -59,5 +59,9 @@ def layer_kinds(num_layers: int) -> list[LayerKind]:
 
 
 def by_layer(in_turn: Sequence[T]) -> tuple[KeysValues[T], ...]:
-    """One pair for each layer, from what stands in the order of `layer_kinds`."""
+    """Pairs by layer, from a sequence in the order of `layer_kinds`.
+
+    Args:
+        in_turn: For each layer first what belongs to its keys, then what belongs to its values.
+    """
     return tuple(KeysValues(*pair) for pair in zip(in_turn[::2], in_turn[1::2], strict=True))

@@ -18,9 +18,9 @@ class Rotary:
     """How the keys of one layer, or of several, are rotated by their position.
 
     Attributes:
-        num_channels: Of each head, the first ones; the others pass.
+        num_channels: How many channels of each head rotate, the first ones; the others pass.
         interleaved: Whether neighbouring channels rotate as pairs; else channel i goes with channel i + half.
-        layer_type: What the model's rotary module calls it; None where that knows one basis alone.
+        layer_type: The name that the model's rotary module has for this rotation, where it has several; else None.
         frequencies: Radians per position of each pair, not compared, since their last bits depend on the machine.
         scale: What the rotated channels are multiplied by (yarn, longrope).
     """
@@ -35,7 +35,19 @@ class Rotary:
 def rotaries_of(
     config: "transformers.PreTrainedConfig", family: Family, head_dim: int
 ) -> tuple[tuple[Rotary, ...], tuple[int | None, ...]]:
-    """Every kind of rotation, and which of them each layer has."""
+    """The rotations of a model.
+
+    Args:
+        config: Of the model.
+        family: Its row.
+        head_dim: Channels of a head.
+
+    Returns:
+        Every kind of rotation, and for each layer the index of its own; None where its keys are not rotated.
+
+    Raises:
+        UnsupportedModelError: Its rope type is not one of `ROPE_TYPES`.
+    """
     num_layers = config.num_hidden_layers
     if family.rotary == "none" or getattr(config, "alibi", False):
         return (), (None,) * num_layers
@@ -52,7 +64,13 @@ def rotaries_of(
 
 
 def rotary_of(config: "transformers.PreTrainedConfig", family: Family, head_dim: int, layer_type: str | None) -> Rotary:
-    """One kind of rotation, as transformers computes it; the plain kind has no function of its own there."""
+    """One kind of rotation, as transformers computes it.
+
+    Raises:
+        UnsupportedModelError: Its rope type is not one of `ROPE_TYPES`.
+
+    Source: `ROPE_INIT_FUNCTIONS` of transformers, which has no function for the default kind
+    """
     parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
     rope_type = parameters["rope_type"]
     if rope_type not in ROPE_TYPES:
@@ -66,13 +84,17 @@ def rotary_of(config: "transformers.PreTrainedConfig", family: Family, head_dim:
     else:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # here alone: it takes seconds
 
-        found, scale = ROPE_INIT_FUNCTIONS[rope_type](config, **({"layer_type": layer_type} if layer_type else {}))
-        frequencies = tuple(found.tolist())
+        named = {"layer_type": layer_type} if layer_type else {}
+        inverse_frequencies, scale = ROPE_INIT_FUNCTIONS[rope_type](config, **named)
+        frequencies = tuple(inverse_frequencies.tolist())
     return Rotary(2 * len(frequencies), family.interleaved, layer_type, frequencies, float(scale))
 
 
 def plain_frequencies(theta: float, num_channels: int) -> tuple[float, ...]:
-    """theta^(-2i / num_channels), in float32 as the models have it."""
+    """Radians per position of each pair i: theta^(-2i / num_channels), in float32 as the models have it.
+
+    Source: RoFormer, arXiv 2104.09864, section 3.2.2
+    """
     import torch
 
     exponents = torch.arange(0, num_channels, 2, dtype=torch.float) / num_channels

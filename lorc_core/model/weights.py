@@ -1,6 +1,7 @@
-"""A layer's projections, their biases and the norm before them, read one by one, also where a tensor holds several.
+"""A layer's projections, their biases and the norm before them, each read alone, also where a tensor holds several.
 
-Weights come out (out, in), as in `nn.Linear.weight`, whatever the model's own layout.
+Weights come out as (out_features, in_features), as in `nn.Linear.weight`, whatever the model's own layout. Where the
+tensors are is `Architecture`'s to say.
 
 Shapes: H query heads, G kv heads, D head_dim, I hidden_size.
 """
@@ -18,6 +19,11 @@ def projection_rows(
     architecture: Architecture, projection: Projection, stored: Float[Tensor, "..."]
 ) -> Float[Tensor, "..."]:
     """The rows of W_q, W_k or W_v, or of its bias, in the tensor that holds it.
+
+    Args:
+        architecture: Of the model.
+        projection: Which of the three.
+        stored: The tensor as the checkpoint has it.
 
     Raises:
         ConfigError: A fused tensor has not as many rows as the config says.
@@ -43,7 +49,12 @@ def projection_rows(
 def read_weight(
     source: WeightSource, architecture: Architecture, layer_idx: int, projection: Projection
 ) -> Float[Tensor, "n i"]:
-    """W_q, W_k or W_v."""
+    """W_q, W_k or W_v of one layer, (heads or kv heads * head_dim, hidden_size).
+
+    Raises:
+        ArtifactError: The checkpoint has no such tensor.
+        ConfigError: A fused tensor has not as many rows as the config says.
+    """
     stored = source.read(architecture.projection_name(layer_idx, projection, "weight"))
     return projection_rows(architecture, projection, stored)
 
@@ -51,7 +62,7 @@ def read_weight(
 def read_bias(
     source: WeightSource, architecture: Architecture, layer_idx: int, projection: Projection
 ) -> Float[Tensor, " n"] | None:
-    """The projection's bias; None where it has none."""
+    """The bias of W_q, W_k or W_v of one layer; None where it has none. Raises as `read_weight`."""
     if not architecture.bias:
         return None
     stored = source.read(architecture.projection_name(layer_idx, projection, "bias"))
@@ -59,12 +70,16 @@ def read_bias(
 
 
 def read_output(source: WeightSource, architecture: Architecture, layer_idx: int) -> Float[Tensor, "i n"]:
-    """W_o."""
+    """W_o of one layer, (hidden_size, heads * head_dim): what reads the attended values. Raises as `read_weight`."""
     stored = source.read(architecture.output_name(layer_idx))
     return stored.T if architecture.family.transposed else stored
 
 
-def read_gain(source: WeightSource, architecture: Architecture, layer_idx: int) -> Float[Tensor, " i"]:
-    """What the input norm multiplies its normalised input by."""
+def read_norm_gain(source: WeightSource, architecture: Architecture, layer_idx: int) -> Float[Tensor, " i"]:
+    """The gain of the norm before the attention: what it multiplies its normalised input by.
+
+    Raises:
+        ArtifactError: The checkpoint has no such tensor.
+    """
     stored = source.read(architecture.norm_name(layer_idx, "weight"))
-    return stored + 1 if architecture.input_norm == "rms_plus_one" else stored
+    return stored + 1 if architecture.input_norm == "rms_plus_one" else stored  # Gemma stores its gain less one

@@ -10,7 +10,12 @@ MIN_ERROR_RISE = 1e-9  # between levels, so that the floats between two of one e
 
 
 def error_ramp(levels: Sequence[ErrorLevel], kv_width: int) -> list[ErrorLevel]:
-    """Levels by rising error, from full width and no error; every cut raises it, by a little at least."""
+    """Levels by rising error, from full width and no error; each is above the one before, by a little at least.
+
+    Args:
+        levels: Measured, in any order.
+        kv_width: Floats of keys, or of values, that are uncompressed.
+    """
     ramp = [ErrorLevel(kv_width, kv_width, 0.0)]
     for level in sorted(levels, key=lambda level: -(level.keys + level.values)):
         ramp.append(ErrorLevel(level.keys, level.values, max(level.error, ramp[-1].error + MIN_ERROR_RISE)))
@@ -18,29 +23,42 @@ def error_ramp(levels: Sequence[ErrorLevel], kv_width: int) -> list[ErrorLevel]:
 
 
 def floats_at(ramp: Sequence[ErrorLevel], epsilon: float) -> tuple[float, float]:
-    """Least floats of keys and values whose error is at most epsilon, on straight lines between levels."""
+    """Least floats of keys, and of values, whose error is at most epsilon, on straight lines between levels.
+
+    Args:
+        ramp: From `error_ramp`.
+        epsilon: Relative error of the attention output.
+    """
     above = bisect_right(ramp, epsilon, key=lambda level: level.error)
     if above == len(ramp):
         return float(ramp[-1].keys), float(ramp[-1].values)
     within, beyond = ramp[above - 1], ramp[above]
-    part = (epsilon - within.error) / (beyond.error - within.error)
-    return within.keys + part * (beyond.keys - within.keys), within.values + part * (beyond.values - within.values)
+    way = (epsilon - within.error) / (beyond.error - within.error)
+    return within.keys + way * (beyond.keys - within.keys), within.values + way * (beyond.values - within.values)
 
 
 def error_at(levels: Sequence[ErrorLevel], floats: float) -> float:
-    """The error where keys and values have so many floats together, on straight lines between levels."""
+    """The error where keys and values have so many floats together, on straight lines between levels.
+
+    Args:
+        levels: Measured, in any order.
+        floats: Of keys and values of the layer together.
+    """
     width = max(max(level.keys, level.values) for level in levels)
     ramp = error_ramp(levels, width)
     for within, beyond in itertools.pairwise(ramp):
-        held, less = within.keys + within.values, beyond.keys + beyond.values
+        more, less = within.keys + within.values, beyond.keys + beyond.values
         if less <= floats:
-            part = (held - floats) / (held - less) if held > less else 1.0
-            return within.error + max(part, 0.0) * (beyond.error - within.error)
+            way = (more - floats) / (more - less) if more > less else 1.0
+            return within.error + max(way, 0.0) * (beyond.error - within.error)
     return ramp[-1].error
 
 
 def lower_hull(points: Sequence[CurvePoint]) -> list[CurvePoint]:
-    """The convex curve below the points, by rising floats."""
+    """The highest convex curve below the points, by rising floats.
+
+    Where the loss was measured above its neighbours' line, by noise or by a bad rank, the point is left out.
+    """
     hull: list[CurvePoint] = []
     for point in sorted(points, key=lambda point: (point.floats, point.rise)):
         if hull and hull[-1].floats == point.floats:
@@ -52,4 +70,5 @@ def lower_hull(points: Sequence[CurvePoint]) -> list[CurvePoint]:
 
 
 def rise_per_float(left: CurvePoint, right: CurvePoint) -> float:
+    """The slope between two points of a curve, in nats per token and float; negative where floats help."""
     return (right.rise - left.rise) / (right.floats - left.floats)

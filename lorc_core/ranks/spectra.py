@@ -15,11 +15,14 @@ Probe = Literal["fisher", "attention_errors", "curves"]  # a field of `Probes`
 
 @dataclass(frozen=True)
 class KindSpectrum:
-    """What the schedules read of one layer's keys or values.
+    """What the schedules read of one layer's keys or values. Energies are of each direction of each block, falling.
 
-    `log10_condition` is the weight's; the rest are energies of each block, falling: squared singular values of its rows
-    of the weight, eigenvalues of the states' second moment, and what each direction saves of the error that the method
-    minimises.
+    Attributes:
+        partition: The blocks.
+        log10_condition: Of the weight; infinite where it is rank-deficient.
+        weights: Squared singular values of the block's rows of the weight.
+        states: Eigenvalues of the states' second moment.
+        read: What each direction saves of the error that the method minimises.
     """
 
     partition: Partition
@@ -30,7 +33,13 @@ class KindSpectrum:
 
     @classmethod
     def of_flat(cls, partition: Partition, log10_condition: float, *energies: Sequence[float]) -> "KindSpectrum":
-        """From the energies of one block after another: the weight's, the states' and those of what is read."""
+        """From flat sequences.
+
+        Args:
+            partition: The blocks.
+            log10_condition: Of the weight.
+            energies: Those of `weights`, `states` and `read`, each one block after another.
+        """
         width = partition.width
         by_block = (
             tuple(tuple(flat[start : start + width]) for start in range(0, len(flat), width)) for flat in energies
@@ -56,12 +65,19 @@ class LayerRanks(KeysValues[tuple[int, ...]]):
     """Ranks of each block of one layer: latent floats cached per token."""
 
     def floats(self, kind: Kind) -> int:
+        """Floats cached per token, of all blocks."""
         return sum(self[kind])
 
 
 @dataclass(frozen=True, repr=False)
 class RankSchedule:
-    """Ranks for every layer. `note` says where the schedule left its source's form, or what it solved for."""
+    """Ranks for every layer.
+
+    Attributes:
+        layers: First layer first.
+        kv_width: Floats per token of one layer's keys, or values, uncompressed.
+        note: Where the schedule left its source's form, or what it solved for; empty mostly.
+    """
 
     layers: tuple[LayerRanks, ...]
     kv_width: int
@@ -94,7 +110,7 @@ class RankSchedule:
 
     @property
     def kept(self) -> str:
-        """The same in words."""
+        """What is kept of a token's floats, in words."""
         return f"{self.floats_per_token} of {self.full_floats_per_token} floats per token ({self.kept_fraction:.4f})"
 
 

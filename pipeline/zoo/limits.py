@@ -3,10 +3,8 @@
 from lorc_core.errors import ConfigError
 from pipeline.zoo.models import ResolvedModel
 from pipeline.zoo.schema import Zoo
-from pipeline.zoo.sections import ModelEntry
+from pipeline.zoo.sections import GIB, ModelEntry
 from pipeline.zoo.variants import VariantEntry
-
-GIB = 1024**3
 
 
 def check_window(section: str, window_tokens: int, model: ResolvedModel) -> None:

@@ -13,6 +13,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 DocumentMarks = Literal["both", "begin", "end", "none"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
+GIB = 1024**3
 ELEMENT_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 REGRESSION_TOLERANCE = 1e-3  # nats per token, of a rise that may come from other hardware or library versions
 # Endings of text files, and the builder of `datasets` that reads each; an array of token ids needs none.
@@ -34,7 +35,7 @@ class Resources(Strict):
 
     @property
     def memory_bytes(self) -> int:
-        return round(self.memory_gib * 1024**3)
+        return round(self.memory_gib * GIB)
 
 
 class ModelEntry(Strict):

@@ -7,7 +7,7 @@ from pydantic import Field, InstanceOf, ValidationInfo, field_validator
 from lorc_core.methods import Method
 from lorc_core.ranks.schedule import Schedule
 from pipeline.zoo.methods import method_of, schedule_of
-from pipeline.zoo.sections import Name, Strict
+from pipeline.zoo.sections import GIB, Name, Strict
 
 KeptFraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -21,7 +21,7 @@ class Budget(Strict):
 
     @property
     def memory_bytes(self) -> int:
-        return round(self.memory_gib * 1024**3)
+        return round(self.memory_gib * GIB)
 
 
 class VariantEntry(Strict):

@@ -106,18 +106,13 @@ def test_a_broken_index_is_an_artifact_error(llama_dir, index):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "error"),
-    [
-        ("num_attention_heads", "four", ArtifactError),
-        ("hidden_size", None, ArtifactError),
-        ("num_attention_heads", 0, ArtifactError),
-        ("num_hidden_layers", 0, ConfigError),
-    ],
+    ("field", "value"),
+    [("num_attention_heads", "four"), ("hidden_size", None), ("num_attention_heads", 0), ("num_hidden_layers", 0)],
 )
-def test_a_config_with_impossible_fields_is_refused(llama_dir, field, value, error):
+def test_a_config_with_impossible_fields_is_refused(llama_dir, field, value):
     config = json.loads((llama_dir / "config.json").read_text())
     (llama_dir / "config.json").write_text(json.dumps(config | {field: value}))
-    with pytest.raises(error):
+    with pytest.raises(ArtifactError):
         lorc_core.compress(llama_dir)
 
 
