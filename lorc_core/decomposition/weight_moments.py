@@ -52,7 +52,12 @@ def projected_input(
 
 
 def with_constant(weight: Float[Tensor, "n i"], constant: Float[Tensor, " n"] | None) -> Float[Tensor, "n _"]:
-    """The weight that acts on the input and on a constant 1: its Gram matrix holds the constant's part too."""
+    """The weight that acts on the input and on a constant 1: its Gram matrix holds the constant's part too.
+
+    Args:
+        weight: Acts on the input.
+        constant: What is added to every output; None for zero, which leaves the weight as it is.
+    """
     return weight if constant is None else torch.cat([weight, constant[:, None]], dim=1)
 
 
@@ -60,6 +65,15 @@ def known_mean(
     source: WeightSource, architecture: Architecture, layer_idx: int, kind: Kind
 ) -> Float[Tensor, " n"] | None:
     """The constant that weights tell of the states: the projection's bias, and what a LayerNorm's bias adds.
+
+    Args:
+        source: Where the weights are.
+        architecture: Of the model.
+        layer_idx: Of the layer.
+        kind: Keys or values.
+
+    Returns:
+        In float64; None where there is none.
 
     Raises:
         ArtifactError: A tensor is absent.

@@ -87,5 +87,9 @@ def calibrate(
 
 
 def batches(sequences: Int[Tensor, "s t"]) -> Iterator[Int[Tensor, "_ t"]]:
-    """So many sequences at a time that a batch has about 4,096 tokens; the last may be smaller."""
+    """So many sequences at a time that a batch has about 4,096 tokens; the last may be smaller.
+
+    Args:
+        sequences: Token ids, of one length; longer ones than 4,096 tokens go one by one.
+    """
     yield from sequences.split(max(1, BATCH_TOKENS // sequences.shape[1]))
