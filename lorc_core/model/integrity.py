@@ -100,8 +100,9 @@ def loading_problems(
 
     Its own renaming, tied weights and buffers that older checkpoints carry are thereby taken into account.
     """
-    before = transformers_logging.get_verbosity()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # its report of the same problems
+    transformers_logging.disable_progress_bar()
     try:
         with torch.device("meta"):
             loaded: Any = model_class.from_pretrained(
@@ -118,7 +119,9 @@ def loading_problems(
             f"{checkpoint.directory / 'config.json'}: no model can be built from it ({type(error).__name__}: {reason})"
         ) from error
     finally:
-        transformers_logging.set_verbosity(before)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
     return loaded[1]
 
 

@@ -16,6 +16,7 @@ from lorc_core.model.kinds import KINDS, Kind
 from lorc_core.ranks.schedule import Schedule
 from lorc_core.ranks.schedules import SCHEDULES, known_schedule
 
+MAX_LAYERS = 1000  # of a model that can be read at all
 METHOD_FIELDS = ("preset", "name", *KINDS, "per_layer", "training")
 Settings = TypeVar("Settings")
 
@@ -120,10 +121,10 @@ def methods_by_layer(written: Any) -> dict[int, Method]:
 
 def layers_at(place: Any) -> range:
     """The layers that `3` or `"0-2"` means."""
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(place))
+    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", str(place))
     layers = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
-    if not layers:
-        raise ValueError(f"per_layer: {place!r} is no layer (3) and no range of layers (0-2)")
+    if not layers or layers[-1] >= MAX_LAYERS:
+        raise ValueError(f"per_layer: {place!r} is no layer (3) and no range of layers (0-2) below {MAX_LAYERS}")
     return layers
 
 

@@ -11,7 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DocumentMarks = Literal["both", "begin", "end", "none"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+MOST = 2**31 - 1  # of whatever is counted: what fits the libraries' own integers
+MAX_PATH = 4096  # characters
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Source = Annotated[str, Field(min_length=1, max_length=MAX_PATH)]
+Seed = Annotated[int, Field(ge=0, le=MOST)]
 
 GIB = 1024**3
 ELEMENT_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -21,9 +25,9 @@ TEXT_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "
 
 
 class Strict(BaseModel):
-    """Unknown fields are errors; nothing changes after validation."""
+    """Unknown fields and infinite numbers are errors; nothing changes after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Resources(Strict):
@@ -47,7 +51,7 @@ class ModelEntry(Strict):
     """
 
     name: Name
-    source: str
+    source: Source
     revision: str | None = None
     dtype: Dtype = "bfloat16"
     config: Path | None = None
@@ -69,8 +73,10 @@ class ModelEntry(Strict):
     def resolve_source(cls, source: str, info: ValidationInfo) -> str:
         if source.startswith("/"):
             return source
+        if source.rstrip("/") == "~":
+            raise ValueError("the home directory is no model's")
         if source.startswith("~"):
-            return str(Path(source).expanduser())
+            return str(expanded(source))
         if source.startswith(("./", "../")):
             return str((zoo_folder(info) / source).resolve())
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
@@ -91,12 +97,12 @@ class TextEntry(Strict):
     """
 
     name: Name
-    source: str
+    source: Source
     config: str | None = None
     revision: str | None = None
     split: str = "test"
     column: str = "text"
-    separator: str | None = None
+    separator: Annotated[str, Field(min_length=1)] | None = None
     part: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
 
     @property
@@ -117,9 +123,12 @@ class TextEntry(Strict):
     @classmethod
     def resolve_file(cls, source: str, info: ValidationInfo) -> str:
         if Path(source).suffix in TEXT_FORMATS:
-            path = (zoo_folder(info) / Path(source).expanduser()).resolve()
-            if not path.is_file():
-                raise ValueError(f"text file {path} does not exist")
+            path = (zoo_folder(info) / expanded(source)).resolve()
+            try:
+                if not path.is_file():
+                    raise ValueError(f"text file {path} does not exist")
+            except OSError as error:  # a name that the file system does not take
+                raise ValueError(f"text file: {error.strerror}") from error
             return str(path)
         if source.startswith(("./", "../", "/", "~")):
             raise ValueError(f"a text file's name must end in one of {', '.join(TEXT_FORMATS)}")
@@ -135,12 +144,12 @@ class Calibration(Strict):
     """
 
     texts: Annotated[tuple[TextEntry, ...], Field(min_length=1)]
-    window_tokens: Annotated[int, Field(ge=2)] = 2048
-    num_windows: Annotated[int, Field(ge=1)] = 128
-    probe_windows: Annotated[int, Field(ge=1, default_factory=lambda given: min(16, given["num_windows"]))]
-    batch_size: Annotated[int, Field(ge=1)] = 4
-    shards: Annotated[int, Field(ge=1)] = 1
-    seed: int = 0
+    window_tokens: Annotated[int, Field(ge=2, le=MOST)] = 2048
+    num_windows: Annotated[int, Field(ge=1, le=MOST)] = 128
+    probe_windows: Annotated[int, Field(ge=1, le=MOST, default_factory=lambda given: min(16, given["num_windows"]))]
+    batch_size: Annotated[int, Field(ge=1, le=MOST)] = 4
+    shards: Annotated[int, Field(ge=1, le=MOST)] = 1
+    seed: Seed = 0
     allow_rank_deficient: bool = False
 
     @field_validator("probe_windows", "shards")
@@ -160,10 +169,10 @@ class Evaluation(Strict):
     """Perplexity on pinned, non-overlapping windows of each text."""
 
     texts: Annotated[tuple[TextEntry, ...], Field(min_length=1)]
-    window_tokens: Annotated[int, Field(ge=2)] = 2048
-    num_windows: Annotated[int, Field(ge=2)] = 64
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    seed: int = 0
+    window_tokens: Annotated[int, Field(ge=2, le=MOST)] = 2048
+    num_windows: Annotated[int, Field(ge=2, le=MOST)] = 64
+    batch_size: Annotated[int, Field(ge=1, le=MOST)] = 8
+    seed: Seed = 0
 
 
 class Gates(Strict):
@@ -195,7 +204,7 @@ class Cluster(Strict):
     """The Ray cluster (`address`; absent: one is started here) and the devices that `lorc plan` plans for."""
 
     address: str | None = None
-    gpus: Annotated[int, Field(ge=0)] = 0
+    gpus: Annotated[int, Field(ge=0, le=MOST)] = 0
     gpu_memory_gib: Annotated[Annotated[float, Field(gt=0)] | None, Field(validate_default=True)] = None
 
     @field_validator("gpu_memory_gib")
@@ -209,9 +218,17 @@ class Cluster(Strict):
 class Serving(Strict):
     """The load whose cache `lorc plan` sizes."""
 
-    batch_size: Annotated[int, Field(ge=1)] = 64
-    context_tokens: Annotated[int, Field(ge=1)] = 2048
+    batch_size: Annotated[int, Field(ge=1, le=MOST)] = 64
+    context_tokens: Annotated[int, Field(ge=1, le=MOST)] = 2048
 
 
 def zoo_folder(info: ValidationInfo) -> Path:
     return Path(info.context["folder"]) if info.context else Path.cwd()
+
+
+def expanded(source: str) -> Path:
+    """A path with the home directory in place of `~`."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{source[:50]}: no such home directory") from error

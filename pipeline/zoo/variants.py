@@ -7,7 +7,7 @@ from pydantic import Field, InstanceOf, ValidationInfo, field_validator
 from lorc_core.methods import Method
 from lorc_core.ranks.schedule import Schedule
 from pipeline.zoo.methods import method_of, schedule_of
-from pipeline.zoo.sections import GIB, Name, Strict
+from pipeline.zoo.sections import GIB, MOST, Name, Strict
 
 KeptFraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -16,8 +16,8 @@ class Budget(Strict):
     """Memory for the cache and the factors beside it, at a serving load; the weights are not counted."""
 
     memory_gib: Annotated[float, Field(gt=0)]
-    batch_size: Annotated[int, Field(ge=1)]
-    context_tokens: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1, le=MOST)]
+    context_tokens: Annotated[int, Field(ge=1, le=MOST)]
 
     @property
     def memory_bytes(self) -> int:
