@@ -37,12 +37,13 @@ CALIBRATION_TOKENS = 128 * 2048
 
 
 class LoadedWeights:
-    """The tensors of a model in memory."""
+    """The tensors of a model in memory, as a `WeightSource`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.tensors = dict(model.base_model.named_parameters())
 
     def read(self, name: str) -> Float[Tensor, "..."]:
+        """The tensor called `name` below the base model."""
         return self.tensors[name].detach()
 
 
@@ -81,7 +82,18 @@ def decompose_kind(
     axes: Axes,
     calibrated: LayerMoments | None,
 ) -> Decomposition:
-    """As `decompose_layer`, of the keys or the values alone."""
+    """As `decompose_layer`, of the keys or the values alone.
+
+    Args:
+        source: Where the weights are.
+        architecture: Of the model.
+        place: Which layer, and keys or values.
+        axes: How projections are chosen.
+        calibrated: What calibration measured of the layer; None where the axes need none.
+
+    Raises:
+        ConfigError: The weight has not the shape that the config says; also as `decompose_layer`.
+    """
     layer_idx, kind = place
     projection = PROJECTION_OF[kind]
     weight = read_weight(source, architecture, layer_idx, projection)
@@ -185,15 +197,16 @@ def compress(
     chosen_method = known_method(method) if isinstance(method, str) else method
     schedule = schedule or chosen_method.schedule
     chosen = known_schedule(schedule) if isinstance(schedule, str) else schedule
+    if calibration is None and (needs := needs_text(chosen_method, chosen)):
+        raise ConfigError(
+            f"{needs} needs calibration text: pass calibration=token ids or a text file's path, or a list of texts"
+        )
     opened = open_model(model)
     chosen_method.check(opened.architecture)
     chosen_method.check_schedule(chosen)
     with ExitStack() as stack:
         on_text = None
-        if chosen_method.needs_calibration or chosen.probe is not None:
-            if calibration is None:
-                needs = f"method {chosen_method.name}" if chosen_method.needs_calibration else f"schedule {chosen.name}"
-                raise ConfigError(f"{needs} needs calibration text: pass calibration=token ids or a text file's path")
+        if calibration is not None and needs_text(chosen_method, chosen):
             from lorc_core.measurement.calibrated_model import (
                 CalibratedModel,  # transformers' modelling code takes seconds
             )
@@ -210,6 +223,13 @@ def compress(
     factors = tuple(slice_layer(layer, layer_idx, ranks, dtype) for layer_idx, layer in enumerate(layers))
     adapters = {name: tensor.to(dtype) for name, tensor in adapters.items()}
     return Variant(opened.base, opened.architecture, chosen_method, asdict(chosen), ranks, factors, adapters)
+
+
+def needs_text(method: Method, schedule: Schedule) -> str | None:
+    """Which of the two measures on calibration text, in words; None where neither does."""
+    if method.needs_calibration:
+        return f"method {method.name}"
+    return None if schedule.probe is None else f"schedule {schedule.name}"
 
 
 def decompose_layers(

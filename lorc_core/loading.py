@@ -35,7 +35,16 @@ def load(variant_dir: Path | str, *, base: Path | str | None = None, **from_pret
 
 
 def variant_and_base(variant_dir: Path | str, base: Path | str | None = None) -> tuple[Variant, Path]:
-    """A variant and the directory of its base model, as `load` finds them; `check_base` says whether it is the one."""
+    """A variant and the directory of its base model, as `load` has them. Whether it is that model is `check_base`'s.
+
+    Args:
+        variant_dir: A variant's directory.
+        base: Directory or hub id of the base model, if it is not where it was.
+
+    Raises:
+        ArtifactError: The variant is unfinished, altered or of another schema.
+        ConfigError: The base model is not there, or the variant does not know where it is and `base` is absent.
+    """
     variant = load_variant(variant_dir)
     if base is not None:
         return variant, find_model(base)

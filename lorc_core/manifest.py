@@ -73,7 +73,7 @@ def check_version(path: Path, modified_ns: int, size: int) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, str]:
-    """The sha256 of each file, by name."""
+    """The sha256 of each file, by name; ArtifactError where there is no manifest, or none that can be read."""
     manifest = directory / MANIFEST_FILE
     if not manifest.is_file():
         raise ArtifactError(f"{directory}: no {MANIFEST_FILE}, so there is no finished artifact in it")
@@ -101,5 +101,6 @@ def check_file(directory: Path, name: str, hashes: Mapping[str, str]) -> None:
 
 
 def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -87,7 +87,13 @@ class Architecture:
         return self.family.attention.format(layer_idx)
 
     def projection_name(self, layer_idx: int, projection: Projection, part: Literal["weight", "bias"]) -> str:
-        """Name below `model.base_model` of the tensor that holds W_q, W_k or W_v, or its bias, maybe among others."""
+        """Name below `model.base_model` of the tensor that holds a projection.
+
+        Args:
+            layer_idx: Of the layer.
+            projection: W_q, W_k or W_v; where they are fused, the tensor holds all three.
+            part: Its weight or its bias.
+        """
         return f"{self.attention_module(layer_idx)}.{self.family.projection.format(projection)}.{part}"
 
     def output_name(self, layer_idx: int) -> str:

@@ -59,6 +59,7 @@ class Partition:
 
     @property
     def num_blocks(self) -> int:
+        """Blocks of a layer."""
         if self.is_complex:
             return self.head_dim // 2
         return self.num_kv_heads // self.heads_per_block
@@ -90,7 +91,13 @@ class Partition:
 
 
 def partition_of(block: str, num_kv_heads: int, head_dim: int, rotary: Rotary | None) -> Partition:
-    """The partition, where the model has one.
+    """The partition of a model's keys or values.
+
+    Args:
+        block: As in `Axes.block`.
+        num_kv_heads: Of a layer.
+        head_dim: Channels of a head.
+        rotary: How keys are rotated; None where they are not.
 
     Raises:
         ConfigError: A group does not divide the kv heads, or not every channel has a rotary frequency.

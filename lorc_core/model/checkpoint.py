@@ -192,7 +192,7 @@ def model_directory(source: str, revision: str | None, *, fetch_missing: bool = 
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, checked to be there."""
+    """The safetensors files of a checkpoint; ArtifactError where one is absent, or there are only pickles."""
     if (directory / SINGLE_FILE).is_file():  # before the index, as transformers does
         paths = [directory / SINGLE_FILE]
     elif (directory / INDEX_FILE).is_file():
@@ -211,7 +211,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that a sharded checkpoint's index names."""
+    """The files that a sharded checkpoint's index names; ArtifactError where it is no index."""
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -232,7 +232,7 @@ def sample_ranges(begin: int, end: int) -> list[tuple[int, int]]:
 
 
 def read_header(path: Path) -> dict[str, dict]:
-    """Tensor name -> dtype, shape and data_offsets; safetensors itself checks that the file is whole."""
+    """Of each tensor its dtype, shape and data_offsets; ArtifactError where the file is not whole."""
     try:
         with safe_open(path, framework="pt"):
             pass

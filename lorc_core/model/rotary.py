@@ -66,6 +66,12 @@ def rotaries_of(
 def rotary_of(config: "transformers.PreTrainedConfig", family: Family, head_dim: int, layer_type: str | None) -> Rotary:
     """One kind of rotation, as transformers computes it.
 
+    Args:
+        config: Of the model.
+        family: Its row.
+        head_dim: Channels of a head.
+        layer_type: Which of the config's rotations; None where it has one.
+
     Raises:
         UnsupportedModelError: Its rope type is not one of `ROPE_TYPES`.
 

@@ -51,6 +51,12 @@ def read_weight(
 ) -> Float[Tensor, "n i"]:
     """W_q, W_k or W_v of one layer, (heads or kv heads * head_dim, hidden_size).
 
+    Args:
+        source: Of the model's tensors.
+        architecture: Of the model.
+        layer_idx: Of the layer.
+        projection: Which of the three.
+
     Raises:
         ArtifactError: The checkpoint has no such tensor.
         ConfigError: A fused tensor has not as many rows as the config says.
@@ -62,7 +68,7 @@ def read_weight(
 def read_bias(
     source: WeightSource, architecture: Architecture, layer_idx: int, projection: Projection
 ) -> Float[Tensor, " n"] | None:
-    """The bias of W_q, W_k or W_v of one layer; None where it has none. Raises as `read_weight`."""
+    """The bias of W_q, W_k or W_v of one layer; None where it has none. Else as `read_weight`."""
     if not architecture.bias:
         return None
     stored = source.read(architecture.projection_name(layer_idx, projection, "bias"))
@@ -70,13 +76,18 @@ def read_bias(
 
 
 def read_output(source: WeightSource, architecture: Architecture, layer_idx: int) -> Float[Tensor, "i n"]:
-    """W_o of one layer, (hidden_size, heads * head_dim): what reads the attended values. Raises as `read_weight`."""
+    """W_o of one layer, (hidden_size, heads * head_dim), which reads the attended values. Else as `read_weight`."""
     stored = source.read(architecture.output_name(layer_idx))
     return stored.T if architecture.family.transposed else stored
 
 
 def read_norm_gain(source: WeightSource, architecture: Architecture, layer_idx: int) -> Float[Tensor, " i"]:
     """The gain of the norm before the attention: what it multiplies its normalised input by.
+
+    Args:
+        source: Of the model's tensors.
+        architecture: Of the model.
+        layer_idx: Of the layer.
 
     Raises:
         ArtifactError: The checkpoint has no such tensor.

@@ -93,7 +93,14 @@ class Schedule(ABC):
         return checked_skips(self.skip_layers, len(spectra))
 
     def gains(self, spectrum: KindSpectrum, layer_idx: int, kind: Kind, probes: Probes) -> Energies:
-        """What each direction of each block is worth. Decides how the blocks of one layer share its floats."""
+        """What each direction of each block is worth. Decides how the blocks of one layer share its floats.
+
+        Args:
+            spectrum: Of one layer's keys or values.
+            layer_idx: Of the layer.
+            kind: Keys or values.
+            probes: What the schedule asked for with `probe`; empty otherwise.
+        """
         return energy_fractions(spectrum.read)
 
     @abstractmethod
@@ -110,7 +117,13 @@ class Schedule(ABC):
         """
 
     def note(self, height: float, spectra: Sequence[LayerSpectrum], probes: Probes) -> str:
-        """What a reader of the ranks should know of them: where they left the source's form, what was solved for."""
+        """What a reader of the ranks should know: where they left the source's form, what was solved for.
+
+        Args:
+            height: At which the ranks were taken.
+            spectra: One per layer.
+            probes: What the schedule asked for with `probe`; empty otherwise.
+        """
         return ""
 
 

@@ -58,6 +58,7 @@ class LayerSpectrum(KeysValues[KindSpectrum]):
 
     @property
     def kv_width(self) -> int:
+        """Floats per token of the layer's keys, or values, uncompressed."""
         return self.keys.partition.kv_width
 
 
