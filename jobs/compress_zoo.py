@@ -1,11 +1,15 @@
 """Compress, evaluate and register a zoo: `lorc run ZOO`, or `python -m jobs.compress_zoo ZOO` in a Ray job."""
 
+from collections import Counter
 from pathlib import Path
 
 import typer
 
-from jobs.screen import StepProgress, console, results_table
-from pipeline.results import results
+from jobs.progress import StepProgress
+from jobs.results_table import results_table
+from jobs.screen import console
+from pipeline.candidates import candidates
+from pipeline.results import results, unscored
 from pipeline.zoo.consistency import cautions
 from pipeline.zoo.file import load_zoo
 from pipeline.zoo.schema import Zoo
@@ -21,8 +25,7 @@ def compress_zoo(zoo: Zoo, workdir: Path, until: Until) -> int:
     screen = console()
     for caution in cautions(zoo.parts):
         screen.print(f"[yellow]caution:[/yellow] {caution}")
-    progress = StepProgress(screen)
-    with progress.bars:
+    with StepProgress(screen).shown() as progress:
         done = run_zoo(
             zoo,
             workdir,
@@ -30,18 +33,29 @@ def compress_zoo(zoo: Zoo, workdir: Path, until: Until) -> int:
             on_plan=progress.plan,
             on_outcome=progress.record,
             on_progress=progress.advance,
+            on_phase=progress.phase,
         )
-    if rows := results(done):
-        screen.print(results_table(rows))
+    scored, missing = results(done), unscored(done)
+    if scored or missing:
+        screen.print(results_table(scored, missing))
+    if until == "register":
+        screen.print(candidate_line(done))
     screen.print(summary(done))
     return 1 if done.failures else 0
 
 
+def candidate_line(done: ZooRun) -> str:
+    """Which version each model's alias `candidate` points to now."""
+    if done.zoo.gates is None:
+        return "no candidates: the zoo file has no gates"
+    chosen = candidates(done.zoo, done.store)
+    told = [f"{model}/{version}" if version else f"none of {model}" for model, version in chosen.items()]
+    return f"candidates: {', '.join(told) or 'none'}"
+
+
 def summary(done: ZooRun) -> str:
     """What ran, what had been done, what failed, and where it all is."""
-    count = {
-        status: sum(one.status == status for one in done.outcomes) for status in ("ran", "cached", "failed", "skipped")
-    }
+    count = Counter(outcome.status for outcome in done.outcomes)
     lines = [f"{count['ran']} steps ran, {count['cached']} were done before; everything is in {done.store.root}"]
     if count["failed"]:
         failed = ", ".join(dict.fromkeys(outcome.model for outcome in done.failures))

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.screen import StepProgress, console
+from jobs.progress import StepProgress
+from jobs.screen import console
 from lorc_core.methods import METHODS
 from lorc_core.ranks.budgets import KEPT_FRACTION_TOLERANCE
 from lorc_core.ranks.schedules import SCHEDULES
@@ -179,8 +180,7 @@ def main(workdir: Path = Path("lorc-work/quality")) -> None:
     screen = console()
     runs = []
     for sample in SAMPLES:
-        progress = StepProgress(screen)
-        with progress.bars:
+        with StepProgress(screen).shown() as progress:
             done = run_zoo(
                 quality_zoo(sample),
                 workdir,
@@ -188,6 +188,7 @@ def main(workdir: Path = Path("lorc-work/quality")) -> None:
                 on_plan=progress.plan,
                 on_outcome=progress.record,
                 on_progress=progress.advance,
+                on_phase=progress.phase,
             )
         runs.append((sample, done))
     PAGE.write_text(quality_page(runs))

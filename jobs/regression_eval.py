@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from jobs.command import run_command
-from jobs.screen import StepProgress, console
+from jobs.fitted_table import Column, FittedTable
+from jobs.progress import StepProgress
+from jobs.screen import console
 from pipeline.registry.tracking import default_tracking_uri
 from pipeline.regression import Verdict, label, regress
 
@@ -20,10 +22,9 @@ def regress_champions(names: list[str], address: str | None, workdir: Path) -> i
         The exit code: 1 if a champion fell or could not be evaluated, else 0.
     """
     screen = console()
-    progress = StepProgress(screen)
-    with progress.bars:
+    with StepProgress(screen).shown() as progress:
         uri = default_tracking_uri(None, workdir.resolve())
-        verdicts = regress(uri, names, address, workdir, progress.plan, progress.count)
+        verdicts = regress(uri, names, address, workdir, progress.plan, progress.count, progress.phase)
     if any(verdict.rows for verdict in verdicts):
         screen.print(verdict_table(verdicts))
     for verdict in verdicts:
@@ -32,24 +33,27 @@ def regress_champions(names: list[str], address: str | None, workdir: Path) -> i
     return 0 if all(verdict.passed for verdict in verdicts) else 1
 
 
-def verdict_table(verdicts: list[Verdict]) -> Table:
-    table = Table(title="champions against their registered scores, loss in nats per token")
-    for name in ("champion", "text"):
-        table.add_column(name)
-    for name in ("registered", "now", "rise", "bytes/token"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
+def verdict_table(verdicts: list[Verdict]) -> FittedTable:
+    """A line for each text that a champion was evaluated on again."""
+    columns = (
+        Column("text", align_right=False),
+        Column("registered", importance=2),
+        Column("now", importance=3),
+        Column("rise"),
+        Column("B/token", importance=1),
+        Column("verdict", align_right=False),
+    )
+    table = FittedTable("champion", columns, "champions against their registered scores, loss in nats per token")
     for verdict in verdicts:
         for row in verdict.rows:
-            rise = row["loss"] - row["registered_loss"]
             table.add_row(
                 label(verdict.version),
                 row["text"],
                 f"{row['registered_loss']:.4f}",
                 f"{row['loss']:.4f}",
-                f"{rise:+.5f} ±{row['loss_rise_standard_error']:.5f}",
+                f"{row['loss'] - row['registered_loss']:+.5f} ±{row['loss_rise_standard_error']:.5f}",
                 f"{row['bytes_per_token']:,.0f}",
-                "[red]fell[/red]" if row["fell"] else "[green]passed[/green]",
+                Text("fell", style="red") if row["fell"] else Text("passed", style="green"),
             )
     return table
 

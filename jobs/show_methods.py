@@ -1,42 +1,38 @@
 """Print the methods that lorc knows: `lorc methods`."""
 
-from dataclasses import fields
-
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
+from jobs.fitted_table import Column, FittedTable
 from jobs.screen import console
-from lorc_core.methods import METHODS, Axes
+from lorc_core.methods import METHODS, Method
+from lorc_core.model.kinds import KINDS
 from lorc_core.ranks.schedules import Energy
 
-DEFAULTS = {"gqa": "stack", "mean": "known"}
+AXES = ("statistics", "reader", "block", "space")  # the others are as by default in every preset
 
 
 def show_methods() -> int:
-    """Print one line per preset. Returns the exit code."""
-    table = Table(title="presets; any other combination of the axes can be written in a zoo file", box=SIMPLE_HEAD)
-    for name in ("method", "keys", "values", "schedule"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("source", ratio=1)
-    for method in METHODS.values():
-        schedule = method.schedule.name
-        schedule += f"\n{method.schedule.spectrum}" if isinstance(method.schedule, Energy) else ""
-        schedule += "\ntrained" if method.training else ""
-        table.add_row(method.name, axes_text(method.keys), axes_text(method.values), schedule, method.source)
+    """Print the presets. Returns the exit code."""
     screen = console()
-    screen.print(table)
+    screen.print(methods_table())
     screen.print(
-        "axes: statistics, reader, block, space. Only methods of weights need no calibration text; where queries and "
-        "keys are normed (Qwen3, Gemma 3) weights are no more than a proxy: calibrate."
+        "\nAny other combination of the axes can be written in a zoo file. Only methods of weights need no calibration "
+        "text; where queries and keys are normed (Qwen3, Gemma 3) weights are no more than a proxy: calibrate."
     )
     return 0
 
 
-def axes_text(axes: Axes) -> str:
-    """The axes in a line, without those that are as nearly always."""
-    values = {field.name: getattr(axes, field.name) for field in fields(Axes)}
-    return "\n".join(
-        value if name not in DEFAULTS else f"{name} {value}"
-        for name, value in values.items()
-        if DEFAULTS.get(name) != value
-    )
+def methods_table() -> FittedTable:
+    """The axes of keys and of values below each preset's name and schedule, its source below them."""
+    table = FittedTable("", [Column(axis, align_right=False) for axis in AXES])
+    for method in METHODS.values():
+        table.add_heading(f"{method.name}, schedule {schedule_text(method)}")
+        for kind in KINDS:
+            axes = method.axes(-1, kind)
+            table.add_row(f"  {kind}", *(getattr(axes, axis) for axis in AXES))
+        table.add_row("", note=method.source)
+    return table
+
+
+def schedule_text(method: Method) -> str:
+    """The schedule that a preset has of itself, and whether its factors are trained."""
+    spectrum = f", spectrum {method.schedule.spectrum}" if isinstance(method.schedule, Energy) else ""
+    return f"{method.schedule.name}{spectrum}{', trained' if method.training else ''}"

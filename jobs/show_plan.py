@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from rich.markup import escape
-from rich.table import Table
 
+from jobs.fitted_table import Column, FittedTable
 from jobs.screen import console, size
 from pipeline.planning import ModelPlan, plan_model
 from pipeline.storage.store import Store
@@ -17,6 +17,7 @@ def show_plan(zoo: Zoo, workdir: Path) -> int:
     plans = [plan_model(zoo, entry, store) for entry in zoo.models]
     screen = console()
     screen.print(cache_table(zoo, plans))
+    screen.print()
     for plan in plans:
         if plan.error is not None:
             screen.print(f"[red]{plan.name}[/red]: {escape(plan.error)}")
@@ -25,25 +26,22 @@ def show_plan(zoo: Zoo, workdir: Path) -> int:
     return 1 if any(plan.error for plan in plans) else 0
 
 
-def cache_table(zoo: Zoo, plans: list[ModelPlan]) -> Table:
-    serving = zoo.serving
-    table = Table(
-        title=f"caches at batch {serving.batch_size}, {serving.context_tokens:,} tokens; factors are loaded once",
-    )
-    table.add_column("model", no_wrap=True)
-    table.add_column("variant", no_wrap=True)
-    for name in ("cache", "factors, at most", "cache + factors", "of baseline"):
-        table.add_column(name, justify="right", no_wrap=True)
+def cache_table(zoo: Zoo, plans: list[ModelPlan]) -> FittedTable:
+    """Memory of every variant, and why a model cannot have others."""
+    load = f"batch {zoo.serving.batch_size}, {zoo.serving.context_tokens:,} tokens"
+    columns = Column("cache"), Column("factors", importance=2), Column("together", importance=1), Column("of baseline")
+    table = FittedTable("", columns, f"caches at {load}; factors, at most, are loaded once")
     for plan in plans:
+        table.add_heading(plan.name)
         for planned in plan.caches:
-            full = plan.caches[0].cache_bytes
             table.add_row(
-                plan.name,
-                planned.variant,
+                f"  {planned.variant}",
                 size(planned.cache_bytes),
                 size(planned.factor_bytes) if planned.factor_bytes else "",
                 size(planned.net_bytes),
-                f"{planned.net_bytes / full:.1%}",
+                "" if planned.at_own_load else f"{planned.net_bytes / plan.caches[0].cache_bytes:.1%}",
+                note="cache and factors at the load of its budget" if planned.at_own_load else "",
             )
-        table.add_section()
+        for label, reason in plan.refused:
+            table.add_row(f"  {label}", note=reason)
     return table

@@ -1,7 +1,7 @@
 """What the spectra of a zoo's models say: conditions, effective ranks, ranks by schedule, which method fits where."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from lorc_core.decomposition.moments import moments_of
 from lorc_core.errors import ConfigError
 from lorc_core.methods import METHODS, Axes
 from lorc_core.model.checkpoint import Checkpoint
-from lorc_core.model.kinds import KINDS, Kind, LayerKind
+from lorc_core.model.kinds import KINDS, Kind, LayerKind, layer_kinds
 from lorc_core.ranks.curves import error_at
-from lorc_core.ranks.spectra import Energies
+from lorc_core.ranks.spectra import Energies, LayerSpectrum, RankSchedule
 from pipeline.steps.graph import ModelSteps, calibrated_steps, decompose_steps, probe_step
 from pipeline.steps.outcome import Milestone, Outcome
 from pipeline.steps.ranks import ProbeStep
@@ -57,10 +57,14 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class ModelSpectrum:
-    """What is known of one model; `choices` is empty without calibration."""
+    """What is known of one model.
+
+    `kept_fraction` is the share of a layer's floats at which gaps and choices stand; None where no ranks are known.
+    `choices` is empty without calibration.
+    """
 
     name: str
-    kept_fraction: float
+    kept_fraction: float | None
     rows: tuple[SpectrumRow, ...]
     choices: tuple[LayerChoice, ...]
 
@@ -96,8 +100,8 @@ def model_spectra(
         wanted: list[Step] = [variant.schedule for model in models for variant in model.variants]
         wanted += [step for probes in compared for step in probes.values()]
         outcomes = [*failed, *run_wanted(zoo, store, wanted, on_plan, on_outcome, on_progress, on_phase)]
-        found = [model_spectrum(zoo, model, probes, store) for model, probes in zip(models, compared, strict=True)]
-        return found, [outcome for outcome in outcomes if outcome.status == "failed"]
+        spectra = [model_spectrum(zoo, model, probes, store) for model, probes in zip(models, compared, strict=True)]
+        return spectra, [outcome for outcome in outcomes if outcome.status == "failed"]
 
 
 def preset_probes(zoo: Zoo, model: ModelSteps) -> dict[str, ProbeStep]:
@@ -117,36 +121,63 @@ def preset_probes(zoo: Zoo, model: ModelSteps) -> dict[str, ProbeStep]:
 
 
 def model_spectrum(zoo: Zoo, model: ModelSteps, probes: dict[str, ProbeStep], store: Store) -> ModelSpectrum:
-    budgets = [budget for entry in zoo.variants for budget in entry.kept_fraction]
-    kept_fraction = budgets[0] if budgets else 0.5
-    gaps = layer_gaps(zoo, model, kept_fraction, store)
-    ranks = {one.label: load_ranks(store.path(one.schedule)) for one in model.variants if store.is_done(one.schedule)}
-    rows = []
-    for method, steps in model.decompose.items():
-        if not all(store.is_done(step) for step in steps):
-            continue
-        labels = [one.label for one in model.variants if one.method == method and one.label in ranks]
-        for idx, spectrum in enumerate(load_spectra([store.path(step) for step in steps])):
-            for kind in KINDS:
-                found = spectrum[kind]
-                rows.append(
-                    SpectrumRow(
-                        method=method,
-                        layer=idx,
-                        kind=kind,
-                        width=spectrum.kv_width,
-                        log10_condition=found.log10_condition,
-                        effective_ranks=(
-                            effective_rank(found.weights),
-                            effective_rank(found.states),
-                            effective_rank(found.read),
-                        ),
-                        floats={label: ranks[label].layers[idx].floats(kind) for label in labels},
-                        gap=gaps.get((idx, kind)),
-                    )
-                )
-    choices = layer_choices(model, probes, kept_fraction, store)
-    return ModelSpectrum(model.model.entry.name, kept_fraction, tuple(rows), choices)
+    ranks = {
+        variant.label: load_ranks(store.path(variant.schedule))
+        for variant in model.variants
+        if store.is_done(variant.schedule)
+    }
+    kept_fraction = compared_fraction(zoo, ranks)
+    gaps = layer_gaps(zoo, model, kept_fraction, store) if kept_fraction is not None else {}
+    choices = layer_choices(model, probes, kept_fraction, store) if kept_fraction is not None else ()
+    rows = tuple(
+        row
+        for method, steps in model.decompose.items()
+        if all(store.is_done(step) for step in steps)
+        for row in method_rows(model, method, load_spectra([store.path(step) for step in steps]), ranks, gaps)
+    )
+    return ModelSpectrum(model.model.entry.name, kept_fraction, rows, choices)
+
+
+def compared_fraction(zoo: Zoo, ranks: Mapping[str, RankSchedule]) -> float | None:
+    """The share of a layer's floats at which methods are compared.
+
+    Args:
+        zoo: The first share that it names is taken; it may have budgets in bytes alone.
+        ranks: By variant; what the first budget in bytes came to is taken then.
+
+    Returns:
+        None where there is neither.
+    """
+    named = [kept_fraction for entry in zoo.variants for kept_fraction in entry.kept_fraction]
+    return next(iter([*named, *(schedule.kept_fraction for schedule in ranks.values())]), None)
+
+
+def method_rows(
+    model: ModelSteps,
+    method: str,
+    spectra: Sequence[LayerSpectrum],
+    ranks: Mapping[str, RankSchedule],
+    gaps: Mapping[LayerKind, float],
+) -> Iterator[SpectrumRow]:
+    """Every layer's keys and values under one method, with the floats that its variants keep of them."""
+    labels = [variant.label for variant in model.variants if variant.method == method and variant.label in ranks]
+    for place in layer_kinds(len(spectra)):
+        layer = spectra[place.layer_idx]
+        spectrum = layer[place.kind]
+        yield SpectrumRow(
+            method=method,
+            layer=place.layer_idx,
+            kind=place.kind,
+            width=layer.kv_width,
+            log10_condition=spectrum.log10_condition,
+            effective_ranks=(
+                effective_rank(spectrum.weights),
+                effective_rank(spectrum.states),
+                effective_rank(spectrum.read),
+            ),
+            floats={label: ranks[label].layers[place.layer_idx].floats(place.kind) for label in labels},
+            gap=gaps.get(place),
+        )
 
 
 def effective_rank(energies: Energies) -> float:
@@ -161,31 +192,32 @@ def effective_rank(energies: Energies) -> float:
     return math.exp(-sum(root / whole * math.log(root / whole) for root in roots if root > 0))
 
 
-def layer_gaps(zoo: Zoo, model: ModelSteps, kept_fraction: float, store: Store) -> dict[tuple[int, Kind], float]:
+def layer_gaps(zoo: Zoo, model: ModelSteps, kept_fraction: float, store: Store) -> dict[LayerKind, float]:
     """KQ-SVD's gap as a share of what is read, for joint keys before the rotation and for values."""
     calibrated = calibrated_steps(zoo, model.model)
     if calibrated is None or not all(store.is_done(step) for step in calibrated.shards):
         return {}
     shape, source = model.model.architecture, Checkpoint(model.model.directory)
     shards, axes = [store.path(step) for step in calibrated.shards], Axes("calibration", "interaction")
-    rank, found = max(round(kept_fraction * shape.kv_width), 1), {}
+    rank = max(round(kept_fraction * shape.kv_width), 1)
+    gaps = {}
     for layer_idx in range(shape.num_layers):
         measured = load_moments(shards, layer_idx)
-        for kind in KINDS:
-            moments = moments_of(source, shape, LayerKind(layer_idx, kind), axes, measured)
+        for place in (LayerKind(layer_idx, kind) for kind in KINDS):
+            moments = moments_of(source, shape, place, axes, measured)
             gap = k_svd_gaps(moments.states, moments.readers)[rank]
-            found[layer_idx, kind] = (gap / torch.sum(moments.readers * moments.states)).item()
-    return found
+            gaps[place] = (gap / torch.sum(moments.readers * moments.states)).item()
+    return gaps
 
 
 def layer_choices(
     model: ModelSteps, probes: dict[str, ProbeStep], kept_fraction: float, store: Store
 ) -> tuple[LayerChoice, ...]:
     """Every preset's attention error in every layer at one share of that layer's floats."""
-    levels = {name: load_probes(store.path(step)) for name, step in probes.items() if store.is_done(step)}
+    measured = {name: load_probes(store.path(step)) for name, step in probes.items() if store.is_done(step)}
     floats = kept_fraction * len(KINDS) * model.model.architecture.kv_width
     choices = []
-    for layer_idx in range(model.model.architecture.num_layers if levels else 0):
-        errors = {name: error_at(found.attention_errors[layer_idx], floats) for name, found in levels.items()}
+    for layer_idx in range(model.model.architecture.num_layers if measured else 0):
+        errors = {name: error_at(probe.attention_errors[layer_idx], floats) for name, probe in measured.items()}
         choices.append(LayerChoice(layer_idx, tuple(sorted(errors.items(), key=lambda pair: pair[1]))))
     return tuple(choices)

@@ -5,7 +5,7 @@ from transformers import Cache
 from lorc_core.caches.compatibility import held_tensors
 from lorc_core.methods import Method
 from lorc_core.model.architecture import Architecture
-from lorc_core.model.kinds import KINDS
+from lorc_core.model.kinds import KINDS, LayerKind, layer_kinds
 from lorc_core.ranks.spectra import RankSchedule
 
 
@@ -45,19 +45,30 @@ def full_floats_per_token(architecture: Architecture) -> int:
 
 
 def planned_factor_floats(schedule: RankSchedule, method: Method, architecture: Architecture) -> int:
-    """Floats of the factors that a variant will hold beside its base.
+    """Floats of the factors, and adapters, that a variant will hold beside its base; a full rank has no factors."""
+    total = adapter_floats(method, architecture)
+    for place in layer_kinds(architecture.num_layers):
+        rank = schedule.layers[place.layer_idx].floats(place.kind)
+        if rank < schedule.kv_width:
+            total += rank * floats_per_rank(method, architecture, place) + mean_floats(method, architecture, place)
+    return total
 
-    `up`, a `down` unless it is the transpose of `up`, and a mean where there is one; a full rank has no factors.
-    """
+
+def floats_per_rank(method: Method, architecture: Architecture, place: LayerKind) -> int:
+    """Of `up`, and of a `down` that is not its transpose, for each float that is cached per token."""
+    axes = method.axes(*place)
+    sides = 2 if axes.reader == "interaction" else 1
+    return sides * axes.partition(architecture).width
+
+
+def mean_floats(method: Method, architecture: Architecture, place: LayerKind) -> int:
+    """Of the mean beside the factors, where there is one."""
+    return architecture.kv_width if method.axes(*place).has_mean(architecture, *place) else 0
+
+
+def adapter_floats(method: Method, architecture: Architecture) -> int:
+    """Of LoRA matrices into and out of q, k, v and o in every layer."""
     lora_rank = method.training.lora_rank if method.training else 0
     heads_width = architecture.num_heads * architecture.head_dim
-    widths = 4 * architecture.hidden_size + 2 * heads_width + 2 * architecture.kv_width  # in and out of q, k, v and o
-    total = lora_rank * widths * architecture.num_layers
-    for layer_idx, layer in enumerate(schedule.layers):
-        for kind in KINDS:
-            if layer.floats(kind) < schedule.kv_width:
-                axes = method.axes(layer_idx, kind)
-                sides = 2 if axes.reader == "interaction" else 1
-                total += sides * layer.floats(kind) * axes.partition(architecture).width
-                total += schedule.kv_width if axes.has_mean(architecture, layer_idx, kind) else 0
-    return total
+    widths = 4 * architecture.hidden_size + 2 * heads_width + 2 * architecture.kv_width
+    return lora_rank * widths * architecture.num_layers
