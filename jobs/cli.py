@@ -1,5 +1,6 @@
 """The `lorc` command. Exit codes: 0 all good, 1 a model or gate failed, 2 the request is wrong."""
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -37,9 +38,19 @@ BenchMlp = Annotated[int | None, typer.Option(help="Another MLP size than the sh
 BenchDtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
 
+def tell_version(asked: bool) -> None:
+    """Print the version and end, before any command."""
+    if asked:
+        print(f"lorc {importlib.metadata.version('lorc')}")
+        raise typer.Exit()
+
+
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False) -> None:
-    """Read by `main` from the command line, since an error may come before any command."""
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=tell_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """`debug` is read by `main` from the command line, since an error may come before any command."""
 
 
 @app.command()

@@ -7,15 +7,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig, TextStreamer
+from transformers.cache_utils import CacheLayerMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging as transformers_logging
 
 import lorc_core
 from lorc_core.errors import ArtifactError, ConfigError
 from lorc_core.loading import variant_and_base
+from lorc_core.model.architecture import architecture_of
+from lorc_core.model.kinds import KINDS
 from lorc_core.standalone.plain_model import MODELS
-from lorc_core.standalone.settings import PREFIX
+from lorc_core.standalone.settings import PREFIX, SETTINGS, Settings
 from lorc_core.variant import CONFIG_FILE
 from pipeline.registry.tracking import default_tracking_uri
 
@@ -38,12 +41,29 @@ def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: Pat
     assert isinstance(output, GenerateDecoderOnlyOutput)
     assert output.past_key_values is not None
     num_new = output.sequences.shape[1] - prompt_tokens
+    held = lorc_core.cache_bytes(output.past_key_values)
+    untouched = untouched_bytes(output.past_key_values, cached_width(model.config), model.dtype.itemsize)
     Console(stderr=True, soft_wrap=True).print(
         f"{num_new} tokens, {num_new / elapsed_s:.1f} per second with the prompt's {prompt_tokens}; "
-        f"cache {lorc_core.cache_bytes(output.past_key_values):,} bytes",
+        f"cache {held:,} bytes, {held / untouched:.2f} of {untouched:,} untouched",
         highlight=False,
     )
     return 0
+
+
+def cached_width(config: PreTrainedConfig) -> int:
+    """Floats of keys, as of values, that the model without compression caches per token and layer."""
+    if hasattr(config, "lorc_plain"):
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return heads * config.lorc_plain["rotated_head_dim"]
+    architecture = Settings.of(config).architecture if hasattr(config, SETTINGS) else architecture_of(config)
+    return architecture.num_cached_heads * architecture.head_dim
+
+
+def untouched_bytes(cache: Cache, width: int, element_bytes: int) -> int:
+    """Bytes that the untouched model's cache would take for the same tokens of the same layers."""
+    keys = [layer.keys for layer in cache.layers if isinstance(layer, CacheLayerMixin) and layer.keys is not None]
+    return sum(len(KINDS) * cached.shape[0] * cached.shape[-2] * width * element_bytes for cached in keys)
 
 
 def is_exported(directory: Path) -> bool:

@@ -1,5 +1,6 @@
 """The `lorc` command as its users see it: what it prints, where, and its exit codes."""
 
+import importlib.metadata
 import json
 import re
 import shutil
@@ -39,6 +40,22 @@ def test_run_again_prints_the_table_and_runs_nothing(finished, lorc):
     assert "0 steps ran, 42 were done before" in out
     for text in ("small-llama", "tiny-opt", "baseline", "lorc-uniform-0.1", "lorc-progressive-0.75", "B/token"):
         assert text in out
+
+
+def test_the_table_says_which_variants_passed_and_which_became_the_candidate(finished, registry, lorc, monkeypatch):
+    zoo_file, workdir, _ = finished
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = lorc("run", zoo_file, "--workdir", workdir)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    of_llama = out.split("small-llama\n", 1)[1].split("\n\n", 1)[0]
+    verdicts = {row.split()[0]: row.split()[-2] for row in of_llama.splitlines() if "lorc-" in row}
+    assert verdicts["lorc-uniform-0.1"] == "failed"
+    assert sorted(verdicts.values()) == ["candidate", "failed", "passed"]
+    chosen = next(label for label, verdict in verdicts.items() if verdict == "candidate")
+    candidate = registry.get_model_version_by_alias("small-llama", "candidate")
+    assert candidate.tags["variant"] == chosen
+    assert f"candidates: small-llama/{candidate.version}, " in out
 
 
 def test_promote_accepts_one_and_refuses_another_with_reasons(finished, registry, lorc):
@@ -182,13 +199,14 @@ def test_export_then_generate_the_same_text_at_the_same_cost(lorc, variant_dir, 
         assert code == 0
         texts.append(text)
         num_new, rest = err.split(" tokens, ")
-        per_second, prompt, held = re.fullmatch(
-            r"([\d.]+) per second with the prompt's (\d+); cache ([\d,]+) bytes\n", rest
+        per_second, prompt, held, share, untouched = re.fullmatch(
+            r"([\d.]+) per second with the prompt's (\d+); cache ([\d,]+) bytes, ([\d.]+) of ([\d,]+) untouched\n", rest
         ).groups()
         assert 1 <= int(num_new) <= 5
         assert float(per_second) > 0
         # three layers of 16 + 16 floats for all tokens but the newest
         assert int(held.replace(",", "")) == (int(prompt) + int(num_new) - 1) * 3 * 32 * 4
+        assert (share, int(untouched.replace(",", ""))) == ("0.50", 2 * int(held.replace(",", "")))
     assert texts[0] == texts[1]
     assert texts[0].startswith("import os")
 
@@ -201,11 +219,14 @@ def test_plain_export_says_its_head_size_and_generates(lorc, tmp_path):
     assert code == 0
     assert out.endswith("attention and cache at head size 8; load with trust_remote_code=True\n")
     texts = [
-        lorc("generate", tmp_path / name, "import os", "--max-new-tokens", 5, "--workdir", tmp_path)[:2]
+        lorc("generate", tmp_path / name, "import os", "--max-new-tokens", 5, "--workdir", tmp_path)
         for name in ("variant", "plain")
     ]
-    assert texts[0] == texts[1]
+    assert texts[0][:2] == texts[1][:2]
     assert texts[0][0] == 0
+    costs = [err.split("cache ", 1)[1] for _, _, err in texts]
+    assert costs[0] == costs[1]
+    assert ", 0.50 of " in costs[0]
 
 
 def test_plain_export_refuses_with_one_line(lorc, variant_dir, tmp_path):
@@ -244,14 +265,16 @@ def test_plan_prints_the_caches_of_lorcs_table_2_from_configs_alone(lorc, tmp_pa
     """LoRC prints half of these sizes; the arithmetic is 2 x layers x kv_width x 2 bytes x 64 x 2048."""
     code, out, _ = lorc("plan", REPOSITORY / "examples" / "hub.yaml", "--workdir", tmp_path)
     assert code == 0
-    rows = {
-        tuple(cells[:2]): cells[2:] for cells in (row.replace("│", " ").split() for row in out.splitlines()) if cells
-    }
+    rows = {}
+    for line in out.splitlines():
+        name, *cells = line.split() or [""]
+        model = model if line.startswith("  ") else name
+        rows[model, name] = cells
     assert rows["llama-2-13b", "baseline"][:2] == ["100.00", "GiB"]
     assert rows["llama-3.1-8b", "baseline"][:2] == ["16.00", "GiB"]
     assert rows["llama-3.1-70b", "baseline"][:2] == ["40.00", "GiB"]
-    # 13B at 0.55: 55 GiB of cache and 80 factors of 2816 x 5120 at two bytes
-    assert rows["llama-2-13b", "lorc-progressive-0.55"] == ["55.00", "GiB", "2.15", "GiB", "57.15", "GiB", "57.1%"]
+    # 13B at 0.55: 55 GiB of cache and 80 factors of 2816 x 5120 at two bytes; 0.1 % more for ranks that are rounded
+    assert rows["llama-2-13b", "lorc-progressive-0.55"] == ["55.00", "GiB", "2.15", "GiB", "57.15", "GiB", "57.2%"]
     assert "weights per GPU in GiB, of 80 each: 0: 32.2, 1: 33.5, 2: 33.5, 3: 32.2" in " ".join(out.split())
 
 
@@ -266,6 +289,11 @@ def test_plan_says_what_is_done(finished, lorc):
         "small-llama: 17 of 22 steps done; to do: 1 schedule, 1 variant, 1 projection_errors, 1 evaluate, 1 register"
         in lorc("plan", changed, "--workdir", workdir)[1]
     )
+
+
+def test_version_is_told(lorc):
+    code, out, _ = lorc("--version")
+    assert (code, out) == (0, f"lorc {importlib.metadata.version('lorc')}\n")
 
 
 def test_a_misspelt_field_is_one_line_and_exit_code_2(lorc, tmp_path):
@@ -321,8 +349,8 @@ def test_methods_lists_every_preset_with_its_source(lorc):
     code, out, _ = lorc("methods")
     assert code == 0
     for name, method in METHODS.items():
-        assert f"  {name} " in out
-        assert method.source.split(",")[0].split(":")[0] in out
+        assert f"{name}, schedule {method.schedule.name}" in out
+        assert method.source in " ".join(out.split())
     assert "group(4)" in out
     assert "phasor_freq" in out
 
