@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jobs.bench.svd import best_s
+from jobs.bench.timing import device, device_line, seconds_of
+from jobs.fitted_table import Column, FittedTable
 from jobs.screen import console, size
 from lorc_core.measurement.calibration import batches, calibrate
 
@@ -34,44 +33,36 @@ REPEATS = 5
 SEQUENCE_COUNTS = (4, 8, 16)  # of the memory table
 
 
-def bench_model(num_kv_heads: int) -> LlamaForCausalLM:
+def random_llama(num_kv_heads: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=num_kv_heads)).eval().to(device)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=num_kv_heads)).eval().to(device())
 
 
-def bench_sequences(count: int) -> Int[Tensor, "s t"]:
+def random_sequences(count: int) -> Int[Tensor, "s t"]:
     return torch.randint(SHAPE["vocab_size"], (count, SEQUENCE_TOKENS), generator=torch.Generator().manual_seed(0))
 
 
 def seconds(num_kv_heads: int) -> tuple[float, float]:
     """Best seconds of a plain forward pass through all layers and of calibrating, over the same tokens."""
-    model, sequences = bench_model(num_kv_heads), bench_sequences(4)
+    model, sequences = random_llama(num_kv_heads), random_sequences(4)
 
     @torch.no_grad()
     def forward() -> None:
         for batch in batches(sequences):
             model.base_model(input_ids=batch.to(model.device), use_cache=False)
-        wait()
 
     def calibrated() -> None:
         calibrate(model, batches(sequences))
-        wait()
 
     forward()
-    turns = [(best_s(forward, 1), best_s(calibrated, 1)) for _ in range(REPEATS)]  # other load meets both alike
+    turns = [(seconds_of(forward), seconds_of(calibrated)) for _ in range(REPEATS)]  # other load meets both alike
     forwards, calibrations = zip(*turns, strict=True)
     return min(forwards), min(calibrations)
 
 
-def wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def peak_bytes(count: int) -> int:
     """Most memory that this process, or its GPU, ever held while it calibrated so many sequences."""
-    calibrate(bench_model(NUM_KV_HEADS[0]), batches(bench_sequences(count)))
+    calibrate(random_llama(NUM_KV_HEADS[0]), batches(random_sequences(count)))
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     # Linux alone; not getrusage, where a child begins with the peak of the process that started it
@@ -87,8 +78,7 @@ def peak_in_new_process(count: int) -> int:
 def main() -> None:
     """Print both tables."""
     screen = console()
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
-    screen.print(f"{where}, torch {torch.__version__}, {SHAPE['num_hidden_layers']} layers as wide as LLaMA-3.2-1B's")
+    screen.print(f"{device_line()}, {SHAPE['num_hidden_layers']} layers as wide as LLaMA-3.2-1B's")
     for num_kv_heads in NUM_KV_HEADS:
         with screen.status("timing"):
             plain_s, calibrated_s = seconds(num_kv_heads)
@@ -96,9 +86,7 @@ def main() -> None:
             f"{num_kv_heads} kv heads of {SHAPE['num_attention_heads']}: forward {plain_s:.2f} s, calibrate "
             f"{calibrated_s:.2f} s: {calibrated_s / plain_s:.2f} times, float32"
         )
-    table = Table(title="peak memory", box=SIMPLE_HEAD)
-    for name in ("tokens", "peak"):
-        table.add_column(name, justify="right")
+    table = FittedTable("tokens", [Column("peak memory")])
     with screen.status("measuring memory"):
         for count in SEQUENCE_COUNTS:
             table.add_row(f"{count * SEQUENCE_TOKENS:,}", size(peak_in_new_process(count)))

@@ -9,12 +9,11 @@ from functools import partial
 from statistics import median
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from transformers import PreTrainedModel, StaticCache
 
 from jobs.bench.decode import token_seconds
 from jobs.bench.models import Contender, Subject, attached, bench_model, contenders_of
+from jobs.fitted_table import Column, FittedTable
 from jobs.screen import console, size
 from lorc_core.caches.memory import cache_bytes
 from lorc_core.errors import ConfigError
@@ -36,12 +35,12 @@ def largest(decodes: Callable[[int], Capacity | None]) -> Capacity | None:
     best, too_many = decodes(1), 2
     if best is None:
         return None
-    while found := decodes(too_many):
-        best, too_many = found, 2 * too_many
+    while more := decodes(too_many):
+        best, too_many = more, 2 * too_many
     while too_many - best.batch_size > 1:
         middle = (best.batch_size + too_many) // 2
-        if found := decodes(middle):
-            best = found
+        if more := decodes(middle):
+            best = more
         else:
             too_many = middle
     return best
@@ -71,21 +70,20 @@ def try_to_decode(model: PreTrainedModel, contender: Contender, context: int, ba
     return None
 
 
-def show(found: Sequence[Capacity]) -> Table:
+def capacity_table(capacities: Sequence[Capacity]) -> FittedTable:
     """Each contender's largest batch, over that of the untouched model."""
-    table = Table(box=SIMPLE_HEAD)
-    for name in ("variant", "largest batch", "times", "tokens/s", "times", "cache bytes", "peak"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
-    baseline = found[0]
-    for one in found:
+    titles = "largest batch", "times", "tokens/s", "times", "cache", "peak"
+    table = FittedTable("variant", [Column(title) for title in titles])
+    baseline = capacities[0]
+    for capacity in capacities:
         table.add_row(
-            one.contender,
-            str(one.batch_size),
-            f"{one.batch_size / baseline.batch_size:.2f}",
-            f"{one.batch_size / one.token_s:,.0f}",
-            f"{one.batch_size / one.token_s / (baseline.batch_size / baseline.token_s):.2f}",
-            size(one.cache_bytes),
-            size(one.peak_bytes),
+            capacity.contender,
+            str(capacity.batch_size),
+            f"{capacity.batch_size / baseline.batch_size:.2f}",
+            f"{capacity.batch_size / capacity.token_s:,.0f}",
+            f"{capacity.batch_size / capacity.token_s / (baseline.batch_size / baseline.token_s):.2f}",
+            size(capacity.cache_bytes),
+            size(capacity.peak_bytes),
         )
     return table
 
@@ -103,11 +101,11 @@ def main(subject: Subject, context: int) -> None:
         model = bench_model(subject)
         contenders = contenders_of(model, subject.variant)
     screen.print(f"{subject}, {model.config.num_hidden_layers} layers, room for {context:,} tokens a row")
-    found = []
-    for one in contenders:
-        with screen.status(one.name):
-            best = largest(partial(try_to_decode, model, one, context))
+    capacities = []
+    for contender in contenders:
+        with screen.status(contender.name):
+            best = largest(partial(try_to_decode, model, contender, context))
         if best is None:
-            raise ConfigError(f"{one.name}: not even one row of {context:,} tokens fits; name a smaller --context")
-        found.append(best)
-    screen.print(show(found))
+            raise ConfigError(f"{contender.name}: not one row of {context:,} tokens fits; name a smaller --context")
+        capacities.append(best)
+    screen.print(capacity_table(capacities))

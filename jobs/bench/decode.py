@@ -13,8 +13,6 @@ from statistics import median
 
 import torch
 from jaxtyping import Int
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, StaticCache
 
@@ -26,8 +24,9 @@ from jobs.bench.models import (
     bench_model,
     check_known,
     contenders_of,
-    seconds_of,
 )
+from jobs.bench.timing import seconds_of
+from jobs.fitted_table import Column, FittedTable
 from jobs.screen import console, size
 from lorc_core.attention.attach import Attachment
 from lorc_core.caches.growing import GrowingCache
@@ -110,7 +109,7 @@ def measure(
     context, batch_size = place
     num_turns = -(-settings.num_tokens // TOKENS_A_TURN)
     room = num_turns * (TOKENS_A_TURN + 1)
-    held = [filled_cache(model, one, cache, context, room, batch_size) for one in contenders]
+    held = [filled_cache(model, contender, cache, context, room, batch_size) for contender in contenders]
     empty = new_cache(model, cache, room)
     ids = torch.randint(model.config.vocab_size, (batch_size, settings.prefill_tokens), device=model.device)
     on_gpu = torch.cuda.is_available()
@@ -119,25 +118,25 @@ def measure(
     without: list[float] = []
     for _ in range(num_turns):
         without += token_seconds(model, empty, ids)
-        for idx, one in enumerate(contenders):
+        for idx, contender in enumerate(contenders):
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            with attached(model, one):
+            with attached(model, contender):
                 steps[idx] += token_seconds(model, held[idx], ids)
             if on_gpu:
                 others = sum(cache_bytes(other) for other in held if other is not held[idx])
                 peaks[idx] = torch.cuda.max_memory_allocated() - others
-    sizes = [cache_bytes(one) for one in held]
+    sizes = [cache_bytes(filled) for filled in held]
     del held
     prefills: list[list[float]] = [[] for _ in contenders]
     for _ in range(PREFILL_ROUNDS):
-        for idx, one in enumerate(contenders):
+        for idx, contender in enumerate(contenders):
             fresh = new_cache(model, cache, settings.prefill_tokens)
-            with attached(model, one):
+            with attached(model, contender):
                 prefills[idx].append(seconds_of(partial(model, ids, past_key_values=fresh, logits_to_keep=1)))
     return [
         Measured(
-            contender=one.name,
+            contender=contender.name,
             cache=cache,
             context=context,
             batch_size=batch_size,
@@ -147,33 +146,30 @@ def measure(
             cache_bytes=total,
             peak_bytes=peaks[idx],
         )
-        for idx, (one, total) in enumerate(zip(contenders, sizes, strict=True))
+        for idx, (contender, total) in enumerate(zip(contenders, sizes, strict=True))
     ]
 
 
-def show(measured: Sequence[Measured]) -> Table:
+def decode_table(measured: Sequence[Measured]) -> FittedTable:
     """Each setting's figures, over those of the untouched model."""
-    table = Table(box=SIMPLE_HEAD)
-    left, ratios = ("cache", "variant"), ("token", "its cache", "prefill")
-    for name in ("cache", "context", "batch", "variant", "tokens/s", *ratios, "cache bytes", "of whole", "peak"):
-        table.add_column(name, justify="left" if name in left else "right")
+    titles = ["tokens/s", "token", "its cache", "prefill", "cache", "of whole"]
+    titles += ["peak"] if measured[0].peak_bytes is not None else []
+    table = FittedTable("variant", [Column(title) for title in titles])
     baseline = measured[0]
-    for one in measured:
-        if one.contender == BASELINE:
-            baseline = one
-            table.add_section()
+    for figures in measured:
+        if figures.contender == BASELINE:
+            baseline = figures
+            rows = "row" if figures.batch_size == 1 else "rows"
+            table.add_heading(f"{figures.cache} cache, {figures.context:,} tokens, {figures.batch_size} {rows}")
         table.add_row(
-            one.cache,
-            f"{one.context:,}",
-            str(one.batch_size),
-            one.contender,
-            f"{one.batch_size / one.token_s:.1f}",
-            f"{one.token_s / baseline.token_s:.2f}",
-            f"{(one.token_s - one.empty_s) / (baseline.token_s - one.empty_s):.2f}",
-            f"{one.prefill_s / baseline.prefill_s:.2f}",
-            size(one.cache_bytes),
-            f"{one.cache_bytes / baseline.cache_bytes:.3f}",
-            size(one.peak_bytes) if one.peak_bytes is not None else "-",
+            figures.contender,
+            f"{figures.batch_size / figures.token_s:.1f}",
+            f"{figures.token_s / baseline.token_s:.2f}",
+            f"{(figures.token_s - figures.empty_s) / (baseline.token_s - figures.empty_s):.2f}",
+            f"{figures.prefill_s / baseline.prefill_s:.2f}",
+            size(figures.cache_bytes),
+            f"{figures.cache_bytes / baseline.cache_bytes:.3f}",
+            *([size(figures.peak_bytes)] if figures.peak_bytes is not None else []),
         )
     return table
 
@@ -186,14 +182,17 @@ def plot(measured: Sequence[Measured], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    settings = sorted({(one.cache, one.batch_size) for one in measured})
-    for cache, batch_size in settings:
-        for name in dict.fromkeys(one.contender for one in measured):
-            rows = [one for one in measured if (one.cache, one.batch_size, one.contender) == (cache, batch_size, name)]
-            label = name if len(settings) == 1 else f"{name}, {cache}, batch {batch_size}"
-            contexts = [one.context for one in rows]
-            speed.plot(contexts, [batch_size / one.token_s for one in rows], marker="o", label=label)
-            memory.plot(contexts, [one.cache_bytes / 2**30 for one in rows], marker="o")
+    settings = sorted({(figures.cache, figures.batch_size) for figures in measured})
+    for (cache, batch_size), name in product(settings, dict.fromkeys(figures.contender for figures in measured)):
+        line = [
+            figures
+            for figures in measured
+            if (figures.cache, figures.batch_size, figures.contender) == (cache, batch_size, name)
+        ]
+        label = name if len(settings) == 1 else f"{name}, {cache}, batch {batch_size}"
+        contexts = [figures.context for figures in line]
+        speed.plot(contexts, [batch_size / figures.token_s for figures in line], marker="o", label=label)
+        memory.plot(contexts, [figures.cache_bytes / 2**30 for figures in line], marker="o")
     speed.set(xlabel="cached tokens", ylabel="new tokens per second", ylim=(0, None))
     memory.set(xlabel="cached tokens", ylabel="cache, GiB", ylim=(0, None))
     figure.legend(loc="outside right upper", fontsize="small")
@@ -216,7 +215,7 @@ def main(subject: Subject, settings: Settings, plot_path: Path | None) -> None:
     for cache, context, batch_size in product(settings.caches, settings.contexts, settings.batch_sizes):
         with screen.status(f"{cache} cache, {context:,} tokens, batch {batch_size}"):
             measured += measure(model, contenders, settings, cache, (context, batch_size))
-    screen.print(show(measured))
+    screen.print(decode_table(measured))
     if plot_path is not None:
         plot(measured, plot_path)
         screen.print(f"plot: {plot_path}")

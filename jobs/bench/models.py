@@ -3,8 +3,7 @@
 Weights and factors are random unless a model and a variant are given: speed and memory depend on their shapes alone.
 """
 
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from jobs.bench.timing import device, device_line
 from lorc_core.attention.attach import Attachment
 from lorc_core.decomposition.factors import UNTOUCHED, Factors, LayerFactors
 from lorc_core.errors import ConfigError
@@ -81,14 +81,13 @@ class Subject:
             raise ConfigError("--layers and --mlp change a named shape; a model in a directory has its own")
 
     def __str__(self) -> str:
-        where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
-        return f"{where}, torch {torch.__version__}, {self.model or f'{self.shape} with random weights'}, {self.dtype}"
+        return f"{device_line()}, {self.model or f'{self.shape} with random weights'}, {self.dtype}"
 
 
 def check_known(name: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raise ConfigError unless all that is given is known."""
     known = list(known)
-    if unknown := [one for one in given if one not in known]:
+    if unknown := [choice for choice in given if choice not in known]:
         raise ConfigError(f"{name} {unknown[0]!r} is not known; known are {', '.join(known)}")
 
 
@@ -103,28 +102,28 @@ class Contender:
 def bench_model(subject: Subject) -> PreTrainedModel:
     """The model, on a GPU if there is one."""
     dtype = getattr(torch, subject.dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if subject.model is not None:
-        return AutoModelForCausalLM.from_pretrained(subject.model, dtype=dtype, device_map=device)
+        return AutoModelForCausalLM.from_pretrained(subject.model, dtype=dtype, device_map=device())
     changed = {"num_hidden_layers": subject.num_layers, "intermediate_size": subject.intermediate_size}
     shape = SHAPES[subject.shape] | {name: size for name, size in changed.items() if size is not None}
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device(device()):
         return LlamaForCausalLM._from_config(LlamaConfig(**shape), dtype=dtype).eval()
 
 
 def contenders_of(model: PreTrainedModel, variant_dir: Path | None) -> list[Contender]:
     """The untouched model and a variant of it, or one of each method with random factors."""
     architecture = architecture_of(model.config)
-    found = [Contender(BASELINE, (UNTOUCHED,) * architecture.num_layers)]
+    baseline = Contender(BASELINE, (UNTOUCHED,) * architecture.num_layers)
     if variant_dir is not None:
         variant = load_variant(variant_dir)
-        return [*found, Contender(f"{variant.method.name} {variant.kept_fraction:.2f}", variant.factors)]
-    return found + [
+        return [baseline, Contender(f"{variant.method.name} {variant.kept_fraction:.2f}", variant.factors)]
+    compressed = [
         random_contender(architecture, method, KeysValues(keys, values))
         for method, keys, values in CONTENDERS
         if applies(METHODS[method], architecture)
     ]
+    return [baseline, *compressed]
 
 
 def applies(method: Method, architecture: Architecture) -> bool:
@@ -165,17 +164,3 @@ def attached(model: PreTrainedModel, contender: Contender) -> Iterator[None]:
         return
     with Attachment(model, architecture_of(model.config), contender.factors):
         yield
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    """Wall-clock seconds."""
-    wait()
-    started = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - started
-
-
-def wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -11,13 +11,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from jobs.bench.models import check_known, seconds_of
+from jobs.bench.models import check_known
+from jobs.bench.timing import device, device_line, seconds_of
+from jobs.fitted_table import Column, FittedTable
 from jobs.screen import console
 from lorc_core.attention.scores.choice import CHOICES, key_scores, setting_of
 from lorc_core.attention.scores.interpolated import interpolated_scores, interpolation_of
@@ -39,7 +39,7 @@ def case(
 ) -> tuple[Tensor, UnrotatedKeys]:
     """A query and the keys that it reads, with a LLaMA's rotation."""
     num_heads, num_kv_heads = heads
-    like = {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": getattr(torch, dtype)}
+    like = {"device": device(), "dtype": getattr(torch, dtype)}
     facts: dict[str, Any] = {"head_dim": HEAD_DIM, "rope_theta": base, "max_position_embeddings": context}
     rotary = LlamaRotaryEmbedding(LlamaConfig(**facts))
     cos, sin = rotary(torch.zeros(1), torch.arange(context)[None])
@@ -71,7 +71,7 @@ def rebuilds(query: Tensor, keys: UnrotatedKeys) -> bool:
 def medians(ways: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     """Seconds of each, in turn, after one round that is not counted."""
     seconds = [{name: seconds_of(way) for name, way in ways.items()} for _ in range(ROUNDS + 1)][1:]
-    return {name: median(one[name] for one in seconds) for name in ways}
+    return {name: median(round_s[name] for round_s in seconds) for name in ways}
 
 
 @torch.inference_mode()
@@ -83,16 +83,15 @@ def main(context: int, batch_size: int, dtype: str) -> None:
     """
     check_known("dtype", [dtype], ELEMENT_BYTES)
     screen = console()
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
-    screen.print(f"{where}, torch {torch.__version__}, {dtype}, {context:,} slots, batch {batch_size}, kept {KEPT:g}")
-    table = Table(box=SIMPLE_HEAD)
-    for name in ("query heads", "kv heads", "rope base", "rebuilt, ms", "way", "over rebuilt", "chosen"):
-        table.add_column(name, justify="left" if name == "way" else "right")
+    screen.print(f"{device_line()}, {dtype}, {context:,} slots, batch {batch_size}, kept {KEPT:g}")
+    titles = "query / kv heads", "rope base", "rebuilt, ms", "over rebuilt", "chosen"
+    table = FittedTable("way", [Column(title) for title in titles])
     for heads, base in product(HEADS, ROPE_BASES):
         query, keys = case(heads, base, context, batch_size, dtype)
-        found = medians({"rebuilt": partial(rebuilt_scores, query, keys), **others(query, keys)})
-        rebuilt = found.pop("rebuilt")
-        for way, seconds in found.items():
-            over_rebuilt, verdict = f"{seconds / rebuilt:.2f}", "no" if rebuilds(query, keys) else "yes"
-            table.add_row(*map(str, heads), f"{base:g}", f"{1e3 * rebuilt:.1f}", way, over_rebuilt, verdict)
+        seconds = medians({"rebuilt": partial(rebuilt_scores, query, keys), **others(query, keys)})
+        rebuilt_s = seconds.pop("rebuilt")
+        for way, way_s in seconds.items():
+            chosen = "no" if rebuilds(query, keys) else "yes"
+            heads_text, over_rebuilt = f"{heads[0]} / {heads[1]}", f"{way_s / rebuilt_s:.2f}"
+            table.add_row(way, heads_text, f"{base:g}", f"{1e3 * rebuilt_s:.1f}", over_rebuilt, chosen)
     screen.print(table)

@@ -5,17 +5,16 @@ of our singular values against float64 SVD over condition numbers; the total for
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from jobs.bench.timing import best_seconds_of, device_line
+from jobs.fitted_table import Column, FittedTable
 from jobs.screen import console
 from lorc_core.decomposition.decompose import decompose_weight
 from lorc_core.decomposition.left_singular import left_singular, left_singular_by_gram, left_singular_by_qr
@@ -36,16 +35,6 @@ class Timing:
     qr_s: float
 
 
-def best_s(work: Callable[[], object], repeats: int) -> float:
-    """Least wall-clock seconds of several runs: other load on the machine only adds."""
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
-
-
 def random_weight(rows: int, columns: int, seed: int) -> Float[Tensor, "n i"]:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
@@ -62,21 +51,21 @@ def time_shape(rows: int, columns: int) -> Timing:
     weight = random_weight(rows, columns, 0)
     repeats = 1 if rows > LARGE_ROWS else 3
     return Timing(
-        numpy_s=best_s(lambda: np.linalg.svd(weight.numpy(), full_matrices=False), repeats),
-        gram_s=best_s(lambda: left_singular_by_gram(weight.double()), repeats),
-        qr_s=best_s(lambda: left_singular_by_qr(weight.double()), repeats),
+        numpy_s=best_seconds_of(lambda: np.linalg.svd(weight.numpy(), full_matrices=False), repeats),
+        gram_s=best_seconds_of(lambda: left_singular_by_gram(weight.double()), repeats),
+        qr_s=best_seconds_of(lambda: left_singular_by_qr(weight.double()), repeats),
     )
 
 
-def relative_error(found: Float[Tensor, " n"], exact: Float[Tensor, " n"]) -> float:
+def relative_error(computed: Float[Tensor, " n"], exact: Float[Tensor, " n"]) -> float:
     """Worst over all singular values, each relative to itself."""
-    return ((found - exact).abs() / exact).max().item()
+    return ((computed - exact).abs() / exact).max().item()
 
 
-def speed_table() -> Table:
-    table = Table(title="seconds, and times faster than numpy.linalg.svd float32", box=SIMPLE_HEAD)
-    for name in ("W_k of", "shape", "numpy float32", "ours, Gram", "faster", "ours, QR + SVD", "faster"):
-        table.add_column(name, justify="right")
+def speed_table() -> FittedTable:
+    titles = "shape", "numpy float32", "ours, Gram", "faster", "ours, QR + SVD", "faster"
+    title = "seconds, and times faster than numpy.linalg.svd float32"
+    table = FittedTable("W_k of", [Column(title) for title in titles], title)
     for model, (rows, columns) in SHAPES.items():
         timing = time_shape(rows, columns)
         table.add_row(
@@ -91,20 +80,16 @@ def speed_table() -> Table:
     return table
 
 
-def accuracy_table(rows: int, columns: int) -> Table:
-    table = Table(
-        title=f"worst relative error of a singular value against float64 SVD, {rows} x {columns}", box=SIMPLE_HEAD
-    )
-    for name in ("condition", "route taken", "its error", "Gram error", "QR + SVD error"):
-        table.add_column(name, justify="right")
+def accuracy_table(rows: int, columns: int) -> FittedTable:
+    titles = "route taken", "its error", "Gram error", "QR + SVD error"
+    title = f"worst relative error of a singular value against float64 SVD, {rows} x {columns}"
+    table = FittedTable("condition", [Column(title) for title in titles], title)
     for condition in CONDITIONS:
         weight = weight_of_condition(rows, columns, condition)
         exact = torch.from_numpy(np.linalg.svd(weight.numpy(), compute_uv=False))
-        _, found, route = left_singular(weight)
-        errors = [
-            relative_error(values, exact)
-            for values in (found, left_singular_by_gram(weight)[1], left_singular_by_qr(weight)[1])
-        ]
+        _, ours, route = left_singular(weight)
+        by_gram, by_qr = left_singular_by_gram(weight)[1], left_singular_by_qr(weight)[1]
+        errors = [relative_error(values, exact) for values in (ours, by_gram, by_qr)]
         table.add_row(f"{condition:.0e}", route, *(f"{error:.1e}" for error in errors))
     return table
 
@@ -123,7 +108,7 @@ def total_70b_s(screen: Console) -> float:
 def main() -> None:
     """Print all tables."""
     screen = console()
-    screen.print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, numpy {np.__version__}")
+    screen.print(f"{device_line()}, numpy {np.__version__}")
     with screen.status("timing"):
         screen.print(speed_table())
     with screen.status("measuring errors"):
