@@ -12,7 +12,10 @@ from typing import Any
 
 from jobs.progress import StepProgress
 from jobs.screen import console
-from lorc_core.methods import METHODS
+from lorc_core.errors import ConfigError
+from lorc_core.methods import METHODS, Method
+from lorc_core.model.architecture import architecture_of
+from lorc_core.model.checkpoint import read_config
 from lorc_core.ranks.budgets import KEPT_FRACTION_TOLERANCE
 from lorc_core.ranks.schedules import SCHEDULES
 from pipeline.results import Result, results
@@ -37,7 +40,6 @@ class Sample:
     name: str
     text: dict[str, Any]
     models: tuple[str, ...]
-    num_kv_heads: int
     num_windows: int
     probe_windows: int
     trains: bool
@@ -48,7 +50,6 @@ SAMPLES = (
         "tinystories",
         {"source": "data/tinystories_validation.txt", "separator": "<|endoftext|>"},
         ("stories260K", "babyllama-tok361", "TinyStories-656K-np"),
-        num_kv_heads=4,
         num_windows=32,
         probe_windows=8,
         trains=True,
@@ -57,7 +58,6 @@ SAMPLES = (
         "stdlib-d64",
         {"source": "data/stdlib_heldout_tokens.npy"},
         ("stdlib-llama-d64",),
-        num_kv_heads=2,
         num_windows=16,
         probe_windows=4,
         trains=False,
@@ -71,10 +71,10 @@ def quality_zoo(sample: Sample) -> Zoo:
     content = {
         "name": f"quality-{sample.name}",
         "models": [
-            {"name": one, "source": str(SHARED / "models" / one), "dtype": "float32", "document_marks": "begin"}
-            for one in sample.models
+            {"name": name, "source": str(SHARED / "models" / name), "dtype": "float32", "document_marks": "begin"}
+            for name in sample.models
         ],
-        "variants": [entry for method in METHODS for entry in entries(method, sample)],
+        "variants": [entry for method in METHODS.values() if can_have(method, sample) for entry in entries(method)],
         "calibration": {
             **CALIBRATION,
             "probe_windows": sample.probe_windows,
@@ -90,27 +90,31 @@ def quality_zoo(sample: Sample) -> Zoo:
     return Zoo.model_validate(content, context={"folder": REPOSITORY})
 
 
-def entries(method: str, sample: Sample) -> list[dict[str, Any]]:
-    """A preset with every schedule; none where its groups do not divide the kv heads, or it would be trained."""
-    if (method == "palu" and sample.num_kv_heads % 4) or (METHODS[method].training and not sample.trains):
-        return []
-    found = []
+def can_have(method: Method, sample: Sample) -> bool:
+    """Whether all models of a sample can be compressed so, and the sample trains if the method does."""
+    try:
+        for name in sample.models:
+            method.check(architecture_of(read_config(SHARED / "models" / name)))
+    except ConfigError:
+        return False
+    return sample.trains or method.training is None
+
+
+def entries(method: Method) -> list[dict[str, Any]]:
+    """A preset with every schedule, as a zoo file writes them."""
+    written = []
     for schedule in SCHEDULES:
         settings: list[dict[str, Any]] = [{"name": schedule}]
-        if schedule == "energy" and METHODS[method].keys.block == "joint" and method != "lorc":
+        if schedule == "energy" and method.keys.block == "joint" and method.name != "lorc":
             settings = [{"name": schedule, "spectrum": level} for level in LEVELS]
         if schedule == "sensitivity":
             settings = [{"name": schedule, "num_rounds": EXCHANGE_ROUNDS}]
-        found += [
-            {
-                "name": "-".join([method, schedule, *([one["spectrum"]] if "spectrum" in one else [])]),
-                "method": method,
-                "schedule": one,
-                "kept_fraction": list(KEPT_FRACTIONS),
-            }
-            for one in settings
-        ]
-    return found
+        for fields in settings:
+            level = [fields["spectrum"]] if "spectrum" in fields else []
+            name = "-".join([method.name, schedule, *level])
+            kept = list(KEPT_FRACTIONS)
+            written.append({"name": name, "method": method.name, "schedule": fields, "kept_fraction": kept})
+    return written
 
 
 def quality_page(runs: Sequence[tuple[Sample, ZooRun]]) -> str:
@@ -133,16 +137,18 @@ def model_table(rows: Sequence[Result]) -> list[str]:
             label, _, kept = row.variant.rpartition("-")
             rises.setdefault(label, {})[kept] = row
     budgets = [f"{kept:g}" for kept in KEPT_FRACTIONS]
-    least = {kept: min(found[kept].loss_rise for found in rises.values() if kept in found) for kept in budgets}
+    least = {
+        kept: min(by_budget[kept].loss_rise for by_budget in rises.values() if kept in by_budget) for kept in budgets
+    }
     lines = [
         f"Baseline loss {baseline.loss:.4f} nats per token, {baseline.bytes_per_token:,.0f} bytes per token.",
         "",
         "| method | schedule | " + " | ".join(budgets) + " |",
         "|---|---|" + "---|" * len(budgets),
     ]
-    for label, found in rises.items():
+    for label, by_budget in rises.items():
         method, _, schedule = label.partition("-")
-        cells = [rise_cell(found.get(kept), least[kept], kept) for kept in budgets]
+        cells = [rise_cell(by_budget.get(kept), least[kept], kept) for kept in budgets]
         lines.append(f"| {method} | {schedule.replace('-', ', ')} | " + " | ".join(cells) + " |")
     return lines
 

@@ -17,6 +17,14 @@ def many_texts(results: Sequence[Result]) -> bool:
     return len({result.text for result in results}) > 1
 
 
+def any_verdict(results: Sequence[Result]) -> bool:
+    return any(result.verdict for result in results)
+
+
+def any_version(results: Sequence[Result]) -> bool:
+    return any(result.version for result in results)
+
+
 def rise(result: Result) -> str:
     return "" if result.is_baseline else f"{result.loss_rise:+.4f} ±{result.loss_rise_standard_error:.4f}"
 
@@ -48,9 +56,11 @@ COLUMNS = (
     ResultColumn(Column("B/token", importance=5), lambda result: f"{result.bytes_per_token:,.0f}"),
     ResultColumn(Column("factors", importance=2), factors),
     ResultColumn(Column("seconds", importance=1), lambda result: f"{result.eval_s:.1f}"),
-    ResultColumn(Column("gates", align_right=False), verdict, lambda results: any(one.verdict for one in results)),
+    ResultColumn(Column("gates", align_right=False), verdict, any_verdict),
     ResultColumn(
-        Column("v.", importance=6), lambda result: result.version, lambda results: any(one.version for one in results)
+        Column("v.", importance=6),
+        lambda result: result.version,
+        any_version,
     ),
 )
 

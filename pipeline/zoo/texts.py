@@ -82,10 +82,10 @@ def text_tokens(
     return part_of(ids.astype(np.int64), text.part)
 
 
-def part_of(found: Any, part: tuple[float, float]) -> Any:
+def part_of(whole: Any, part: tuple[float, float]) -> Any:
     """The documents, or tokens, from one share of all to another."""
-    start, stop = (round(share * len(found)) for share in part)
-    return found[start:stop]
+    start, stop = (round(share * len(whole)) for share in part)
+    return whole[start:stop]
 
 
 def load_rows(text: Text, cache_dir: Path) -> list[str]:

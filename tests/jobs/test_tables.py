@@ -1,6 +1,7 @@
 """What the tables show on a narrow screen: every name whole, the rise with its error, and columns by importance."""
 
 import io
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,11 +11,16 @@ from rich.text import Text
 from jobs.fitted_table import Column, FittedTable
 from jobs.results_table import results_table
 from jobs.screen import size
+from jobs.show_methods import AXES, methods_table
+from jobs.show_spectrum import choices_table, floats_tables, spectrum_table
+from lorc_core.methods import METHODS
+from lorc_core.model.kinds import KINDS
 from pipeline.results import Result, Unscored
+from pipeline.spectrum import LayerChoice, ModelSpectrum, SpectrumRow
 
-METHODS = "lorc", "kq_joint", "phasor_freq"
+NAMES = "lorc", "kq_joint", "phasor_freq"
 SCHEDULES = "progressive", "error_budget"
-LABELS = [f"{method}-{schedule}-{kept}" for method, schedule, kept in product(METHODS, SCHEDULES, (0.75, 0.5))]
+LABELS = [f"{method}-{schedule}-{kept}" for method, schedule, kept in product(NAMES, SCHEDULES, (0.75, 0.5))]
 REASON = "method palu, keys: block group(4): 4 does not divide the model's 2 kv heads; possible are 1, 2"
 
 
@@ -84,6 +90,42 @@ def test_a_screen_too_narrow_for_anything_loses_nothing():
     table = FittedTable("name", [Column("a"), Column("b", importance=1)])
     table.add_row("a-long-name-that-fits-nowhere", "1", Text("2"), note="a note")
     assert printed(table, 12).replace("\n", "").count("a-long-name-that-fits-nowhere") == 1
+
+
+def spectrum_of(labels, gap):
+    rows = [
+        SpectrumRow("kq_joint", layer, kind, 1024, 3.21, (700.1, 80.2, 60.3), dict.fromkeys(labels, 512), gap)
+        for layer in range(2)
+        for kind in KINDS
+    ]
+    choices = [
+        LayerChoice(layer, tuple((name, 0.0123) for name in ("phasor_freq", "kq_joint", "lorc_q"))) for layer in (0, 1)
+    ]
+    return ModelSpectrum("stdlib-llama", 0.4321, tuple(rows), tuple(choices))
+
+
+def test_spectra_fit_80_columns_with_every_name_and_column():
+    spectrum = spectrum_of(LABELS, gap=0.0456)
+    conditions = printed(spectrum_table(spectrum, "kq_joint", spectrum.rows), 80)
+    floats = [printed(table, 80) for table in floats_tables(spectrum, "kq_joint", spectrum.rows)]
+    choices = printed(choices_table(spectrum, spectrum.choices), 80)
+    for out in (conditions, *floats, choices):
+        assert max(map(len, out.splitlines())) <= 80
+        assert "no room" not in out
+    assert "gap at 0.432" in conditions
+    assert "at 0.432 of the floats" in choices
+    assert [[label for label in LABELS if label in out.split()] for out in floats] == [LABELS[:8], LABELS[8:]]
+    assert [line.split().count("512") for line in floats[0].splitlines()[-4:]] == [8] * 4
+
+
+def test_methods_fit_80_columns_with_every_axis_and_source():
+    out = printed(methods_table(), 80)
+    assert max(map(len, out.splitlines())) <= 80
+    for method in METHODS.values():
+        assert method.source in " ".join(out.split())
+        for axes in (method.keys, method.values):
+            assert all(getattr(axes, axis) in out.split() for axis in AXES)
+            assert replace(axes, **{axis: getattr(METHODS["lorc"].keys, axis) for axis in AXES}) == METHODS["lorc"].keys
 
 
 @pytest.mark.parametrize(
