@@ -38,6 +38,7 @@ def compress_zoo(zoo: Zoo, workdir: Path, until: Until) -> int:
     scored, missing = results(done), unscored(done)
     if scored or missing:
         screen.print(results_table(scored, missing))
+        screen.print()
     if until == "register":
         screen.print(candidate_line(done))
     screen.print(summary(done))
