@@ -1,9 +1,15 @@
-"""Fixtures of all tests: tiny, demo and sample models, and a zoo that ran on a Ray node of the tests' own."""
+"""Fixtures of all tests: demo and sample models, and a zoo that ran on a Ray node of the tests' own.
+
+The process that shares the tests out reads this file too: nothing slow is imported before a test runs.
+"""
 
 import logging
 import os
 import secrets
 
+# Read by torch when it is first imported, here and in every process that a test starts: two processes run the tests,
+# and two threads that wait for a busy core took 20 times longer than one.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Read by Ray when it is first imported; the test cluster and its drivers must agree.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -12,17 +18,13 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-import torch
-from transformers.utils import logging as transformers_logging
+from huggingface_hub.utils import disable_progress_bars
 
-from tests.models import TINY_CONFIGS, save_tiny_model, tiny_model
 from tests.paths import DEMO, REPOSITORY, SAMPLES, SHARED
-from tests.zoos import write_zoo
+
+disable_progress_bars()  # transformers' too, which asks for it when it is imported
 
 CORE_TESTS = REPOSITORY / "tests" / "core"
-
-transformers_logging.disable_progress_bar()
-torch.set_num_threads(1)  # two processes run the tests
 
 
 def pytest_collection_modifyitems(items):
@@ -31,11 +33,6 @@ def pytest_collection_modifyitems(items):
         alone = item.path.is_relative_to(CORE_TESTS) or item.path.parent == CORE_TESTS.parent
         name = str(item.path) if alone else "ray"
         item.add_marker(pytest.mark.xdist_group(name))
-
-
-@pytest.fixture(params=list(TINY_CONFIGS))
-def any_tiny_model(request):
-    return tiny_model(request.param)
 
 
 @pytest.fixture(scope="session", params=["stdlib-llama", "stdlib-opt"])
@@ -54,6 +51,7 @@ def sample_dir(request):
 @pytest.fixture
 def save_tiny(tmp_path):
     """Write a tiny model with the demo tokenizer and return its directory."""
+    from tests.models import save_tiny_model
 
     def save(name, seed=0):
         return save_tiny_model(name, tmp_path / f"{name}-{seed}", seed)
@@ -85,6 +83,7 @@ def finished(ray_cluster, tmp_path_factory):
     """A zoo that ran to the end: its file, its work directory (with a space in its path) and the run."""
     from pipeline.zoo.file import load_zoo
     from pipeline.zoo_run import run_zoo
+    from tests.zoos import write_zoo
 
     directory = tmp_path_factory.mktemp("finished zoo")
     zoo_file = write_zoo(directory)

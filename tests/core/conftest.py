@@ -1,12 +1,10 @@
-"""Matrices here are small: on one thread each. Two threads that wait for a busy core took 20 times longer."""
+"""Tiny random models, one after another."""
 
 import pytest
-import torch
+
+from tests.models import REPRESENTATIVES, tiny_model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(params=REPRESENTATIVES)
+def any_tiny_model(request):
+    return tiny_model(request.param)

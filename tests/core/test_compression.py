@@ -17,7 +17,7 @@ from lorc_core.model.checkpoint import read_config
 from lorc_core.model.kinds import KINDS
 from lorc_core.ranks.schedules import SCHEDULES, ErrorBudget, Fisher, Sensitivity
 from tests.materialised import dense_projection
-from tests.models import TINY_CONFIGS, tiny_model
+from tests.models import CONFIGS, tiny_model
 from tests.paths import DEMO
 from tests.runs import one_pass, tokens
 
@@ -183,7 +183,7 @@ def test_values_are_never_rotated():
 
 def test_a_model_in_training_mode_is_measured_without_dropout_and_gets_its_modes_back():
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(TINY_CONFIGS["opt"]), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["opt"]), dtype=torch.float32).eval()
     for layer in model.model.decoder.layers:
         layer.dropout = 0.5
     ids = tokens(model, rows=8)

@@ -1,7 +1,8 @@
 """Every preset against its source's own recipe on materialised tokens: `torch.linalg.svd` of K, Q, V, never of Grams.
 
-Models are random, in float64, with biases (qwen2, llama-mha) and a LayerNorm's shift (opt). Projections are compared by
-what they make of the states: worst measured over all cases 6e-8 (transformers' rotary angles are float32); bound 3e-7.
+Models are random, in float64, with gains, biases (qwen2, llama-mha) and a LayerNorm's shift (opt). Projections are
+compared by what they make of the states: worst over all cases and 12 seeds of the models 4.9e-7 (transformers' rotary
+angles are float32); bound 2e-6.
 """
 
 from dataclasses import replace
@@ -19,7 +20,7 @@ from tests.materialised import attention_modules, channels_of, dense_projection,
 from tests.models import tiny_model
 from tests.runs import tokens
 
-BOUND = 3e-7
+BOUND = 2e-6
 LAYER = 1
 MODELS = ["llama", "qwen2", "llama-mha", "opt"]
 SMALL_PALU = replace(METHODS["palu"], **{kind: Axes("calibration", block="group(2)") for kind in KINDS})
@@ -32,11 +33,6 @@ METHODS_TESTED = METHODS | {"palu of 2": SMALL_PALU, "kq_svd summed": SUMMED, "k
 def case(name, join_rotated_heads=False):
     """A model, its states on some text, and what calibration measured."""
     model = tiny_model(name).double()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "norm" in parameter_name:
-                parameter += torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3
     ids = tokens(model, rows=4, columns=24)
     return model, materialise(model, ids)[LAYER], calibrate(model, [ids], join_rotated_heads=join_rotated_heads)[LAYER]
 

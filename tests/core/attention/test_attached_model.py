@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lorc_core
-from tests import families
 from tests.models import tiny_model
 from tests.runs import BOUND, one_pass, tokens
 from tests.variants import case, random_adapters
@@ -47,7 +46,7 @@ def test_a_cast_model_takes_its_factors_along(method):
 
 
 def test_a_cast_model_that_attends_by_itself_takes_its_factors_along():
-    model = families.tiny_model("gptj")
+    model = tiny_model("gptj")
     variant, ids = lorc_core.compress(model, "lorc", 0.5, "uniform"), tokens(model)
     with lorc_core.attach(copy.deepcopy(model).double(), variant) as attachment:
         expected = one_pass(attachment.model, ids)
@@ -57,7 +56,7 @@ def test_a_cast_model_that_attends_by_itself_takes_its_factors_along():
 
 @pytest.mark.parametrize("name", ["llama", "gptj"])
 def test_a_copy_is_attached_apart_from_its_original(name):
-    model = families.tiny_model(name)
+    model = tiny_model(name)
     variant, ids = lorc_core.compress(model, "lorc", 0.5, "uniform"), tokens(model)
     baseline = one_pass(model, ids)
     attachment = lorc_core.attach(model, variant)

@@ -30,7 +30,7 @@ def check_generates(model, variant, ids, expected_options=None, **options):
 
 
 @pytest.mark.parametrize("method", VARIANTS)
-@pytest.mark.parametrize(("name", "implementation"), [("llama", "sdpa"), ("mistral-sliding", "eager")])
+@pytest.mark.parametrize(("name", "implementation"), [("llama", "sdpa"), ("mistral", "eager")])
 def test_padded_batch_in_dynamic_and_static_caches(method, name, implementation):
     model, variant = case(name, method)
     ids, mask = padded_batch(model)
@@ -48,7 +48,7 @@ def test_beam_search_reorders_latents(method):
 
 
 @pytest.mark.parametrize("method", VARIANTS)
-@pytest.mark.parametrize("name", ["llama", "mistral-sliding"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_assisted_decoding_as_target_and_as_draft(method, name):
     """The draft proposes, so it may be any model: what comes out is the target's; rejected tokens are cropped."""
     model, variant = case(name, method)
@@ -82,7 +82,7 @@ def test_prompt_lookup(method):
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("llama", "phasor_freq"), ("opt", "lorc_q"), ("mistral-sliding", "kq_svd"), ("qwen2", "lorc_q")],
+    [("llama", "phasor_freq"), ("opt", "lorc_q"), ("mistral", "kq_svd"), ("qwen2", "lorc_q")],
 )
 @pytest.mark.parametrize("static", [False, True])
 def test_a_conversation_goes_on_with_the_kept_cache(name, method, static):

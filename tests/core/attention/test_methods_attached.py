@@ -27,7 +27,7 @@ from lorc_core.ranks.schedules import Energy
 from lorc_core.ranks.spectra import LayerRanks, RankSchedule
 from lorc_core.variant import BaseModel, Variant
 from tests.materialised import attention_modules, channels_of, dense_projection
-from tests.models import TINY_CONFIGS, tiny_model
+from tests.models import CONFIGS, REPRESENTATIVES, tiny_model
 from tests.runs import BOUND, assert_close, one_pass, token_by_token, tokens
 
 PAIRS = replace(METHODS["palu"], name="pairs", **{kind: Axes("calibration", block="group(2)") for kind in KINDS})
@@ -45,13 +45,13 @@ def applies(method, name):
     if name == "llama-mha" and method not in ("palu", "kv_heads", "pairs"):
         return False
     try:
-        EVERY_METHOD[method].check(architecture_of(TINY_CONFIGS[name]))
+        EVERY_METHOD[method].check(architecture_of(CONFIGS[name]))
     except lorc_core.ConfigError:
         return False
     return True
 
 
-CASES = [(method, name) for method in EVERY_METHOD for name in TINY_CONFIGS if applies(method, name)]
+CASES = [(method, name) for method in EVERY_METHOD for name in REPRESENTATIVES if applies(method, name)]
 
 
 @cache
@@ -63,13 +63,13 @@ def case(method, name):
 
 
 def test_only_what_cannot_be_is_left_out():
-    names = set(TINY_CONFIGS) - {"llama-mha"}
+    names = set(REPRESENTATIVES) - {"llama-mha"}
     left_out = {(method, name) for method in EVERY_METHOD for name in names} - set(CASES)
-    few_heads = {"llama", "mistral-sliding", "qwen2", "llama-llama3-scaling"}
+    few_heads = {"llama", "mistral", "qwen2", "llama-llama3"}
     assert left_out == {
         ("phasor_freq", "opt"),
         *(("palu", name) for name in few_heads),
-        *((method, "llama-llama3-scaling") for method in ("kv_heads", "pairs")),
+        *((method, "llama-llama3") for method in ("kv_heads", "pairs")),
     }
 
 
@@ -184,7 +184,7 @@ RAGGED = [
     ("kv_heads", "llama-mha", (0, 32), (32, 7)),
     ("phasor_freq", "llama", (4, 4, 2, 2, 0, 0, 4, 0), (32,)),
     ("phasor_freq", "qwen2", (0, 0, 0, 0, 0, 0, 0, 2), (9,)),
-    ("phasor_freq", "mistral-sliding", (4, 0, 4, 0, 4, 0, 4, 0), (9,)),
+    ("phasor_freq", "mistral", (4, 0, 4, 0, 4, 0, 4, 0), (9,)),
 ]
 
 

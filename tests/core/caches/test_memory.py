@@ -46,8 +46,8 @@ def skip_without(backend):
     [
         ("llama", lambda config: DynamicCache(config=config), 30),
         ("llama", lambda config: StaticCache(config, max_cache_len=40), 40),
-        ("mistral-sliding", lambda config: DynamicCache(config=config), 12),  # the window's 11, and the newest token
-        ("mistral-sliding", lambda config: StaticCache(config, max_cache_len=40), 12),
+        ("mistral", lambda config: DynamicCache(config=config), 12),  # the window's 11, and the newest token
+        ("mistral", lambda config: StaticCache(config, max_cache_len=40), 12),
     ],
     ids=["dynamic", "static", "sliding", "static sliding"],
 )
@@ -59,7 +59,7 @@ def test_bytes_are_those_of_the_tensors_held(name, make, tokens_held):
 
 def test_a_window_that_keeps_a_long_prefill_in_memory_counts_all_of_it():
     """A view of 11 tokens keeps the 30 of the prefill until the next token comes."""
-    model, variant = case("mistral-sliding", "lorc_q", Uniform(rank_multiple=16), kept=0.5)
+    model, variant = case("mistral", "lorc_q", Uniform(rank_multiple=16), kept=0.5)
     with lorc_core.attach(model, variant), torch.inference_mode():
         cache = model(tokens(model, columns=30), past_key_values=DynamicCache(config=model.config)).past_key_values
     assert cache.layers[0].keys.shape[2] == 11

@@ -125,7 +125,7 @@ def test_methods_that_calibrate_need_calibration():
         )
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-llama3-scaling", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "llama-llama3", "qwen2"])
 @pytest.mark.parametrize("num_positions", [1, 2, 37])
 def test_position_average_is_the_mean_over_explicitly_rotated_moments(name, num_positions):
     model = tiny_model(name)

@@ -16,7 +16,7 @@ from tests.materialised import dense_projection, materialise
 from tests.models import tiny_model
 from tests.runs import tokens
 
-NAMES = ["llama", "qwen2", "opt", "mistral-sliding"]
+NAMES = ["llama", "qwen2", "opt", "mistral"]
 LLAMA = architecture_of(tiny_model("llama").config)
 
 
@@ -100,7 +100,7 @@ def test_moments_of_a_calibrated_method_are_centred_means_over_tokens(name, gqa,
                 norm = model.model.decoder.layers[idx].self_attn_layer_norm
                 constant = constant + (linear.weight @ norm.bias).detach().double()
             centre = states.mean(dim=0) if mean == "measured" else constant
-            if mean == "known" and name in ("llama", "mistral-sliding"):
+            if mean == "known" and name in ("llama", "mistral"):
                 assert found.mean is None
             else:
                 assert_near(found.mean, centre)

@@ -32,7 +32,7 @@ def tokenizer():
 
 
 def tiny_model_at(directory):
-    """A random model with windows of 2,048 tokens that says it was loaded from `directory`."""
+    """A random model with windows of 64 tokens that says it was loaded from `directory`."""
     model = tiny_model("llama")
     model.name_or_path = str(directory)
     return model
@@ -83,12 +83,12 @@ def test_a_long_text_is_not_tokenized_past_the_tokens_that_are_used(tokenizer, m
 def test_texts_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "short.txt").write_text("a few words")
     model = tiny_model_at(LLAMA)
-    with pytest.raises(ConfigError, match=r"short\.txt: \d+ tokens are fewer than one window of 2048"):
+    with pytest.raises(ConfigError, match=r"short\.txt: \d+ tokens are fewer than one window of 64"):
         calibration_text(tmp_path / "short.txt", model, 10**6)
-    with pytest.raises(ConfigError, match=r"calibration texts: \d+ tokens are fewer than one window of 2048"):
+    with pytest.raises(ConfigError, match=r"calibration texts: \d+ tokens are fewer than one window of 64"):
         calibration_text(["a few words", "and a few"], model, 10**6)
-    with pytest.raises(ConfigError, match=r"calibration_tokens must be at least 2048, .*, got 2047"):
-        calibration_text(tmp_path / "short.txt", model, 2047)
+    with pytest.raises(ConfigError, match=r"calibration_tokens must be at least 64, .*, got 63"):
+        calibration_text(tmp_path / "short.txt", model, 63)
     with pytest.raises(ConfigError, match=r"calibration text file .*nowhere' does not exist"):
         calibration_text(tmp_path / "nowhere", model, 10**6)
     (tmp_path / "bytes.bin").write_bytes(b"\xff\xfe\x00")

@@ -38,7 +38,7 @@ from lorc_core.model.rotation import LayerRotation
 from lorc_core.model.weights import read_bias, read_weight
 from lorc_core.ranks.spectra import LayerRanks, RankSchedule
 from lorc_core.variant import BaseModel, Variant
-from tests.families import CONFIGS, WITHOUT_INTERFACE, tiny_model
+from tests.models import CONFIGS, WITHOUT_INTERFACE, tiny_model
 from tests.runs import BOUND, assert_close, one_pass, token_by_token, tokens
 
 NAMES = list(CONFIGS)
@@ -224,8 +224,8 @@ def test_the_cache_holds_what_the_ranks_say(name):
 def test_a_whole_layer_of_a_module_that_caches_copies_is_cached_once():
     """Falcon's newer decoder repeats kv heads before it caches them; the variant's count of floats does not."""
     model, variant, ids = model_of("falcon-new"), half("falcon-new"), tokens(model_of("falcon-new"), columns=9)
-    whole = LayerRanks((16,), (16,))
-    ranks = RankSchedule((whole, *variant.ranks.layers[1:]), 16)
+    whole = LayerRanks((32,), (32,))
+    ranks = RankSchedule((whole, *variant.ranks.layers[1:]), 32)
     variant = replace(variant, ranks=ranks, factors=(UNTOUCHED, *variant.factors[1:]))
     held = DynamicCache(config=model.config)
     with lorc_core.attach(model, variant):
@@ -461,7 +461,7 @@ def test_complex_blocks_pair_the_channels_that_the_model_rotates_together():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("phi", "of 8 channels of a head only 4 have a rotary frequency"),
+        ("phi", "of 16 channels of a head only 8 have a rotary frequency"),
         ("smollm3", "layer 1 has no rotary embedding"),
         ("gpt2", "no rotary embedding"),
     ],

@@ -9,7 +9,7 @@ from torch import nn
 from lorc_core.attention.scores.slot_turns import SlotTurns
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.rotation import LayerRotation
-from tests.families import CONFIGS, tiny_model
+from tests.models import CONFIGS, tiny_model
 
 VARYING = {"llama-dynamic", "phi3-longrope"}  # their angles change with the length of the text
 
@@ -30,7 +30,7 @@ def test_slot_tables_of_two_models_are_told_apart():
     """Their facts are equal, since frequencies are not compared; their modules are not."""
     (first,), (second,) = rotations("llama"), rotations("llama-linear")
     assert first.rotary == second.rotary
-    like, slots, turns = torch.zeros(1, 1, 1, 8), torch.arange(SlotTurns.BLOCK)[None], SlotTurns()
+    like, slots, turns = torch.zeros(1, 1, 1, 16), torch.arange(SlotTurns.BLOCK)[None], SlotTurns()
     for rotation in (first, second):
         expected = rotation(like, slots).turns()
         torch.testing.assert_close(turns.at(rotation, like, 3).turns, expected, rtol=0, atol=0)

@@ -7,7 +7,7 @@ import pytest
 from lorc_core.errors import ArtifactError
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.sizes import check_sizes
-from tests.families import CONFIGS
+from tests.models import CONFIGS
 
 HOSTILE = {
     "layers": ("num_hidden_layers", 10**9, "num_hidden_layers must be in 1..1,000, got 1000000000"),
@@ -41,5 +41,5 @@ def test_an_impossible_size_is_refused_by_its_field(name):
 def test_heads_that_do_not_divide_the_hidden_size_need_a_head_dim():
     config = deepcopy(CONFIGS["opt"])
     object.__setattr__(config, "num_attention_heads", 5)
-    with pytest.raises(ArtifactError, match="num_attention_heads is 5, which does not divide the hidden_size 32"):
+    with pytest.raises(ArtifactError, match="num_attention_heads is 5, which does not divide the hidden_size 64"):
         architecture_of(config)

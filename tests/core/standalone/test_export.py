@@ -27,7 +27,7 @@ from tests.variants import make_variant, random_adapters
 CASES = [
     ("llama", "lorc", Uniform(), True),
     ("qwen2", "lorc_q", Energy(skip_layers=(1,)), True),
-    ("mistral-sliding", "kv_heads", Uniform(), True),
+    ("mistral", "kv_heads", Uniform(), True),
     ("opt", "kq_svd", Energy(), True),
     ("llama", "kq_svd", Energy(skip_layers=(0,)), False),
     ("qwen2", "phasor_freq", Energy(), False),

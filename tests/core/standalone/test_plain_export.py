@@ -26,7 +26,7 @@ from lorc_core.methods import METHODS
 from lorc_core.model.kinds import KeysValues
 from lorc_core.ranks.schedules import Energy, Uniform
 from lorc_core.ranks.spectra import LayerRanks
-from tests import families
+from tests.models import tiny_model
 from tests.runs import BOUND, GREEDY, assert_close, one_pass, padded_batch, token_by_token, tokens
 from tests.variants import make_variant, random_adapters
 
@@ -56,7 +56,7 @@ def checkpoints_code_in_the_test(tmp_path, monkeypatch):
 
 def save_variant(directory, name, method, schedule=None, kept=0.5):
     """A tiny model of a family, loaded from `directory / "base"`, and a variant of it, saved beside."""
-    families.tiny_model(name).save_pretrained(directory / "base")
+    tiny_model(name).save_pretrained(directory / "base")
     model = AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32).eval()
     calibration = tokens(model, rows=16, columns=24, seed=9)
     variant = lorc_core.compress(
@@ -148,11 +148,11 @@ def test_unequal_ranks_are_padded_and_said(tmp_path):
     variant = replace(large, factors=factors, ranks=replace(large.ranks, layers=layers))
     variant.save(tmp_path / "variant")
     found = lorc_core.export_plain(tmp_path / "variant", tmp_path / "plain")
-    assert (found.head_size, found.ranks) == (6, {"keys": 6, "values": 2})
+    assert (found.head_size, found.ranks) == (12, {"keys": 12, "values": 4})
     plain, ids = load(tmp_path / "plain"), tokens(model)
     with lorc_core.attach(model, variant):
         assert_close(token_by_token(plain, ids, 7), one_pass(model, ids))
-    assert lorc_core.cache_bytes(cached(plain, ids)) == ids.numel() * 3 * 2 * (6 + 6) * 4  # 3 layers of 2 kv heads
+    assert lorc_core.cache_bytes(cached(plain, ids)) == ids.numel() * 3 * 2 * (12 + 12) * 4  # 3 layers of 2 kv heads
 
 
 def test_no_path_of_this_machine_is_in_the_config(tmp_path):

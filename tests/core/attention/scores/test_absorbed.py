@@ -138,7 +138,7 @@ def test_weights_are_those_of_masked_softmax(softcap):
 
 
 @pytest.mark.parametrize("method", ["lorc", "lorc_q"])
-@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "opt"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "opt"])
 def test_a_growing_cache_gives_what_a_dynamic_one_gives(name, method):
     model = tiny_model(name)
     ids = tokens(model)

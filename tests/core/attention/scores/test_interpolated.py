@@ -30,7 +30,7 @@ from lorc_core.decomposition.factors import Factors
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.blocks import Partition
 from lorc_core.model.rotation import LayerRotation
-from tests.families import SPECIAL
+from tests.models import SPECIAL
 from tests.runs import assert_close, one_pass, token_by_token, tokens
 
 HEADS, HEAD_DIM, RANK, SLOTS, BOUND = 4, 64, 40, 2 * SPAN + 37, 1.2e-6
@@ -48,7 +48,7 @@ LARGE = {
 SLIDING = {"head_dim": HEAD_DIM, "sliding_window": SPAN + 88}
 LARGE_HEADS = {
     "llama": LlamaConfig(**LARGE, rope_theta=5e5),
-    "mistral-sliding": MistralConfig(**LARGE, **SLIDING),
+    "mistral": MistralConfig(**LARGE, **SLIDING),
     "qwen2": Qwen2Config(**LARGE),
     "gemma3": Gemma3TextConfig(**LARGE, **SLIDING, layer_types=["sliding_attention", "full_attention"]),
     "phi-partial": PhiConfig(**LARGE),
