@@ -17,11 +17,14 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import jaxtyping
 import pytest
 from huggingface_hub.utils import disable_progress_bars
 
+from tests.annotations import checked
 from tests.paths import DEMO, REPOSITORY, SAMPLES, SHARED
 
+jaxtyping.jaxtyped = checked  # the decorator that `--jaxtyping-packages` gives to all functions of lorc_core
 disable_progress_bars()  # transformers' too, which asks for it when it is imported
 
 CORE_TESTS = REPOSITORY / "tests" / "core"
