@@ -7,7 +7,7 @@ waits for it, adds ours once, and is gone.
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -19,7 +19,7 @@ OURS = "lorc_core.standalone.classes"
 class AfterImport(MetaPathFinder):
     """Registers our configs when transformers' list of configs has been imported."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Iterable[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """None but for the one module, whose own loader then also registers."""
         if name != AUTO_CONFIGS:
             return None

@@ -16,7 +16,7 @@ from lorc_core.model.kinds import KINDS, KeysValues
 from lorc_core.ranks.schedules import Energy, ErrorBudget, Fisher, Progressive, Sensitivity, Uniform
 from lorc_core.ranks.spectra import CurvePoint, ErrorLevel, KindSpectrum, LayerSpectrum, Probes
 from pipeline.factor_bound import most_factor_floats
-from tests.models import TINY_CONFIGS, tiny_model
+from tests.models import CONFIGS, tiny_model
 
 SCHEDULES = [
     Energy(),
@@ -87,7 +87,7 @@ def random_probes(architecture, generator):
 )
 @settings(deadline=None, max_examples=100)
 def test_no_ranks_of_any_schedule_need_more_factors(method, schedule, model, kept_fraction, seed):
-    architecture = architecture_of(TINY_CONFIGS[model])
+    architecture = architecture_of(CONFIGS[model])
     generator = torch.Generator().manual_seed(seed)
     try:
         method.check(architecture)
