@@ -8,6 +8,7 @@ import typer
 from jobs.progress import StepProgress
 from jobs.results_table import results_table
 from jobs.screen import console
+from jobs.stopping import stoppable
 from pipeline.candidates import candidates
 from pipeline.results import results, unscored
 from pipeline.zoo.consistency import cautions
@@ -25,7 +26,7 @@ def compress_zoo(zoo: Zoo, workdir: Path, until: Until) -> int:
     screen = console()
     for caution in cautions(zoo.parts):
         screen.print(f"[yellow]caution:[/yellow] {caution}")
-    with StepProgress(screen).shown() as progress:
+    with stoppable(screen, workdir), StepProgress(screen).shown() as progress:
         done = run_zoo(
             zoo,
             workdir,

@@ -11,6 +11,7 @@ from jobs.command import run_command
 from jobs.fitted_table import Column, FittedTable
 from jobs.progress import StepProgress
 from jobs.screen import console
+from jobs.stopping import stoppable
 from pipeline.registry.tracking import default_tracking_uri
 from pipeline.regression import Verdict, label, regress
 
@@ -22,7 +23,7 @@ def regress_champions(names: list[str], address: str | None, workdir: Path) -> i
         The exit code: 1 if a champion fell or could not be evaluated, else 0.
     """
     screen = console()
-    with StepProgress(screen).shown() as progress:
+    with stoppable(screen, workdir), StepProgress(screen).shown() as progress:
         uri = default_tracking_uri(None, workdir.resolve())
         verdicts = regress(uri, names, address, workdir, progress.plan, progress.count, progress.phase)
     if any(verdict.rows for verdict in verdicts):

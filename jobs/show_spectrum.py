@@ -8,6 +8,7 @@ from string import ascii_lowercase
 from jobs.fitted_table import Column, FittedTable
 from jobs.progress import StepProgress
 from jobs.screen import console
+from jobs.stopping import stoppable
 from pipeline.spectrum import LayerChoice, ModelSpectrum, SpectrumRow, model_spectra
 from pipeline.zoo.schema import Zoo
 
@@ -18,7 +19,7 @@ VARIANTS_ABREAST = 8  # in one table: their columns have letters, since names wo
 def show_spectrum(zoo: Zoo, workdir: Path) -> int:
     """Print the tables. Returns the exit code: 1 if a step failed, else 0."""
     screen = console()
-    with StepProgress(screen).shown() as progress:
+    with stoppable(screen, workdir), StepProgress(screen).shown() as progress:
         spectra, failures = model_spectra(
             zoo,
             workdir,

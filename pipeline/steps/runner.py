@@ -8,7 +8,9 @@ import logging
 import math
 import os
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -64,7 +66,10 @@ def cluster(address: str | None, on_phase: Callable[[str], None] = lambda phase:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     check_reachable(address)
     on_phase("starting Ray" if address == "local" else f"connecting to Ray at {address}")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler would end the process past everyone
     try:
         yield
     finally:
