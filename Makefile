@@ -11,7 +11,7 @@ run: .venv/installed
 	.venv/bin/python -m jobs.cli run examples/demo.yaml
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -m "not slow"
 
 # only what takes more than 10 seconds
 test-slow: .venv/installed
@@ -19,7 +19,7 @@ test-slow: .venv/installed
 
 # lorc_core and its tests in an environment without Ray and MLflow
 test-core: .venv-core/installed
-	.venv-core/bin/python -m pytest tests/core
+	.venv-core/bin/python -m pytest -m "not slow" tests/core
 
 lint: .venv/installed
 	.venv/bin/python -m ruff check .

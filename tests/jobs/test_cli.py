@@ -117,7 +117,7 @@ def test_regress_passes_then_sees_a_fall_then_an_altered_file(finished, registry
     worse_factors(registered, seed=1)
     code, out, _ = lorc("regress", "small-llama", "--workdir", workdir)
     assert code == 1
-    assert "factors.safetensors: altered after it was written" in " ".join(out.split())
+    assert "factors.safetensors:alteredafteritwaswritten" in "".join(out.split())  # the line is broken anywhere
 
     shutil.rmtree(registered)
     code, out, _ = lorc("regress", "small-llama", "--workdir", workdir)
@@ -285,10 +285,9 @@ def test_plan_says_what_is_done(finished, lorc):
     assert "small-llama: 22 of 22 steps done" in out
     changed = zoo_file.with_name("more.yaml")
     changed.write_text(zoo_file.read_text().replace("[0.9, 0.1]", "[0.9, 0.8]"))
-    assert (
-        "small-llama: 17 of 22 steps done; to do: 1 schedule, 1 variant, 1 projection_errors, 1 evaluate, 1 register"
-        in lorc("plan", changed, "--workdir", workdir)[1]
-    )
+    told = " ".join(lorc("plan", changed, "--workdir", workdir)[1].split())
+    left = "1 schedule, 1 variant, 1 projection_errors, 1 evaluate, 1 register"
+    assert f"small-llama: 17 of 22 steps done; to do: {left}" in told
 
 
 def test_version_is_told(lorc):
