@@ -22,20 +22,20 @@ import pytest
 from huggingface_hub.utils import disable_progress_bars
 
 from tests.annotations import checked
-from tests.paths import DEMO, REPOSITORY, SAMPLES, SHARED
+from tests.paths import DEMO, SAMPLES, SHARED
+from tests.sharing import BySharedWork, sort_by_work
 
 jaxtyping.jaxtyped = checked  # the decorator that `--jaxtyping-packages` gives to all functions of lorc_core
 disable_progress_bars()  # transformers' too, which asks for it when it is imported
 
-CORE_TESTS = REPOSITORY / "tests" / "core"
-
 
 def pytest_collection_modifyitems(items):
-    """Tests of a file stay in one process, and all that need Ray or MLflow in one: it has one cluster for them."""
-    for item in items:
-        alone = item.path.is_relative_to(CORE_TESTS) or item.path.parent == CORE_TESTS.parent
-        name = str(item.path) if alone else "ray"
-        item.add_marker(pytest.mark.xdist_group(name))
+    sort_by_work(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return BySharedWork(config, log)
 
 
 @pytest.fixture(scope="session", params=["stdlib-llama", "stdlib-opt"])
