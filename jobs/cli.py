@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
-PIPELINE_PACKAGES = ("accelerate", "datasets", "mlflow", "pyarrow", "pydantic", "ray", "rich", "typer", "yaml")
+PIPELINE_PACKAGES = ("datasets", "mlflow", "pyarrow", "pydantic", "ray", "rich", "typer", "yaml")
 if missing := [name for name in PIPELINE_PACKAGES if importlib.util.find_spec(name) is None]:
     sys.exit(f"error: the lorc command needs {', '.join(missing)}: in a checkout of lorc, pip install '.[pipeline]'")
 
@@ -17,6 +17,7 @@ from jobs.command import guarded
 from pipeline.zoo.file import load_zoo
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # it would try for minutes without a word
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 app = typer.Typer(

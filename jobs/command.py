@@ -18,11 +18,19 @@ def run_command(command: Callable[..., None]) -> None:
 
 
 def guarded(command: typer.Typer) -> None:
-    """A foreseen error is one line on standard error and an exit code."""
+    """A foreseen error, as what may pass by itself is, is one line on standard error and an exit code."""
     try:
         command()
-    except LorcError as error:
-        if "--debug" in sys.argv:
+    except Exception as error:
+        message = str(error) if isinstance(error, LorcError) else obstacle_of(error)
+        if message is None or "--debug" in sys.argv:
             raise
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(message)}", highlight=False)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def obstacle_of(error: Exception) -> str | None:
+    """What was in the way, if it may pass by itself."""
+    from pipeline.waiting import passing_obstacle  # it imports what few commands need
+
+    return passing_obstacle(error)

@@ -27,15 +27,7 @@ def compress_zoo(zoo: Zoo, workdir: Path, until: Until) -> int:
     for caution in cautions(zoo.parts):
         screen.print(f"[yellow]caution:[/yellow] {caution}")
     with stoppable(screen, workdir), StepProgress(screen).shown() as progress:
-        done = run_zoo(
-            zoo,
-            workdir,
-            until=until,
-            on_plan=progress.plan,
-            on_outcome=progress.record,
-            on_progress=progress.advance,
-            on_phase=progress.phase,
-        )
+        done = run_zoo(zoo, workdir, until=until, listener=progress)
     scored, missing = results(done), unscored(done)
     if scored or missing:
         screen.print(results_table(scored, missing))

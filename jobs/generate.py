@@ -45,7 +45,7 @@ def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: Pat
     untouched = untouched_bytes(output.past_key_values, cached_width(model.config), model.dtype.itemsize)
     Console(stderr=True, soft_wrap=True).print(
         f"{num_new} tokens, {num_new / elapsed_s:.1f} per second with the prompt's {prompt_tokens}; "
-        f"cache {held:,} bytes, {held / untouched:.2f} of {untouched:,} untouched",
+        f"cache {held:,} bytes, {held / untouched:.2f} of the untouched model's {untouched:,}",
         highlight=False,
     )
     return 0

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from pipeline.steps.outcome import Milestone, Outcome
+from pipeline.steps.outcome import Listener, Milestone, Outcome
 from pipeline.steps.step import Step
 
 
-class StepProgress:
+class StepProgress(Listener):
     """Bars that count what is done; what failed or was skipped is told beside them and leaves them short."""
 
     def __init__(self, screen: Console) -> None:
@@ -52,6 +52,10 @@ class StepProgress:
         """What is waited for while no step runs, with a bar that moves; until something else comes."""
         self.end_phase()
         self.waiting = self.bars.add_task(what, total=None, count="", missed="")
+
+    def note(self, line: str) -> None:
+        """A line above the bars, which stays."""
+        self.bars.console.print(f"[yellow]note:[/yellow] {escape(line)}")
 
     def end_phase(self) -> None:
         if self.waiting is not None:

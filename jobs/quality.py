@@ -187,15 +187,7 @@ def main(workdir: Path = Path("lorc-work/quality")) -> None:
     runs = []
     for sample in SAMPLES:
         with StepProgress(screen).shown() as progress:
-            done = run_zoo(
-                quality_zoo(sample),
-                workdir,
-                until="evaluate",
-                on_plan=progress.plan,
-                on_outcome=progress.record,
-                on_progress=progress.advance,
-                on_phase=progress.phase,
-            )
+            done = run_zoo(quality_zoo(sample), workdir, until="evaluate", listener=progress)
         runs.append((sample, done))
     PAGE.write_text(quality_page(runs))
     screen.print(f"wrote {PAGE}")

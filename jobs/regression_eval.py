@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.text import Text
 
 from jobs.command import run_command
@@ -14,6 +13,7 @@ from jobs.screen import console
 from jobs.stopping import stoppable
 from pipeline.registry.tracking import default_tracking_uri
 from pipeline.regression import Verdict, label, regress
+from pipeline.zoo.sections import Cluster
 
 
 def regress_champions(names: list[str], address: str | None, workdir: Path) -> int:
@@ -25,12 +25,9 @@ def regress_champions(names: list[str], address: str | None, workdir: Path) -> i
     screen = console()
     with stoppable(screen, workdir), StepProgress(screen).shown() as progress:
         uri = default_tracking_uri(None, workdir.resolve())
-        verdicts = regress(uri, names, address, workdir, progress.plan, progress.count, progress.phase)
+        verdicts = regress(uri, names, Cluster(address=address), workdir, progress)
     if any(verdict.rows for verdict in verdicts):
         screen.print(verdict_table(verdicts))
-    for verdict in verdicts:
-        if verdict.error is not None:
-            screen.print(f"[red]{label(verdict.version)}[/red]: {escape(verdict.error)}")
     return 0 if all(verdict.passed for verdict in verdicts) else 1
 
 

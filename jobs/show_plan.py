@@ -32,7 +32,8 @@ def cache_table(zoo: Zoo, plans: list[ModelPlan]) -> FittedTable:
     columns = Column("cache"), Column("factors", importance=2), Column("together", importance=1), Column("of baseline")
     table = FittedTable("", columns, f"caches at {load}; factors, at most, are loaded once")
     for plan in plans:
-        table.add_heading(plan.name)
+        if plan.caches:
+            table.add_heading(plan.name)
         for planned in plan.caches:
             table.add_row(
                 f"  {planned.variant}",

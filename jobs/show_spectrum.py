@@ -20,14 +20,7 @@ def show_spectrum(zoo: Zoo, workdir: Path) -> int:
     """Print the tables. Returns the exit code: 1 if a step failed, else 0."""
     screen = console()
     with stoppable(screen, workdir), StepProgress(screen).shown() as progress:
-        spectra, failures = model_spectra(
-            zoo,
-            workdir,
-            on_plan=progress.plan,
-            on_outcome=progress.record,
-            on_progress=progress.advance,
-            on_phase=progress.phase,
-        )
+        spectra, failures = model_spectra(zoo, workdir, progress)
     for spectrum in spectra:
         for method, rows in groupby(spectrum.rows, key=lambda row: row.method):
             of_method = list(rows)

@@ -1,7 +1,7 @@
 """Each model's candidate: chosen after a run among the variants that its zoo file asks for, and noted in the store."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +9,13 @@ from lorc_core.manifest import checked_file
 from pipeline.registry.tracking import default_tracking_uri
 from pipeline.steps.failures import model_failure
 from pipeline.steps.graph import ModelSteps
-from pipeline.steps.outcome import Outcome
+from pipeline.steps.outcome import Listener, Outcome
 from pipeline.steps.step import Step
 from pipeline.storage.store import Store
 from pipeline.zoo.schema import Zoo
 
 
-def choose_candidates(
-    zoo: Zoo, store: Store, models: Sequence[ModelSteps], on_phase: Callable[[str], None]
-) -> list[Outcome]:
+def choose_candidates(zoo: Zoo, store: Store, models: Sequence[ModelSteps], listener: Listener) -> list[Outcome]:
     """Move each model's alias `candidate` to the best variant that passes the gates, or remove it.
 
     What was chosen, and from what, is noted, so that a run that changes nothing need not ask MLflow.
@@ -38,7 +36,7 @@ def choose_candidates(
     recipe = {"choices": choices, "gates": gates, "tracking_uri": tracking_uri}
     if read_note(zoo, store).get("recipe") == recipe:
         return []
-    on_phase("choosing candidates")
+    listener.phase("choosing candidates")
     from pipeline.registry.promotion import choose_candidate
 
     chosen: dict[str, str | None] = {}

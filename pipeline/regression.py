@@ -1,10 +1,11 @@
 """Scheduled regression evaluation: score the champions again and compare with what they were registered with."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,15 +15,15 @@ from mlflow.entities.model_registry import ModelVersion
 
 from lorc_core.loading import variant_and_base
 from pipeline.registry.versions import champions, connect, fetch_files, read_version
-from pipeline.steps.failures import logged_failure
-from pipeline.steps.outcome import Outcome
-from pipeline.steps.runner import run_steps
+from pipeline.steps.failures import model_failure
+from pipeline.steps.outcome import Listener, Outcome
 from pipeline.steps.scores import RegressStep
-from pipeline.steps.step import ModelLoad, Need, Step
+from pipeline.steps.step import ModelLoad, Need
 from pipeline.storage.lease import held_store
-from pipeline.storage.store import Store
 from pipeline.storage.tables import collect, read_rows
-from pipeline.zoo.sections import Resources
+from pipeline.waiting import Patience
+from pipeline.zoo.sections import Cluster, Resources
+from pipeline.zoo_run import run_wanted
 
 VERDICT_TAG = "lorc.regression"
 
@@ -47,66 +48,52 @@ class Verdict:
 
 
 def regress(
-    tracking_uri: str,
-    names: Sequence[str],
-    address: str | None,
-    workdir: Path,
-    on_plan: Callable[[Sequence[Step]], None] = lambda steps: None,
-    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
-    on_phase: Callable[[str], None] = lambda phase: None,
+    tracking_uri: str, names: Sequence[str], cluster: Cluster, workdir: Path, listener: Listener | None = None
 ) -> list[Verdict]:
     """Re-evaluate champions on their pinned tokens, tag each with the verdict, keep the table.
 
     Args:
         tracking_uri: Of the MLflow store.
         names: Registered models; all that have a champion if empty.
-        address: Of the Ray cluster.
+        cluster: Where steps run.
         workdir: Where the table and the steps go.
-        on_plan: Called once with all steps.
-        on_outcome: Called for every outcome as it comes.
-        on_phase: Called before what takes a while and is no step.
+        listener: Is told how it goes on.
 
     Raises:
         ConfigError: There is no champion to evaluate, or another run is using the work directory.
     """
+    listener = listener or Listener()
+    patience = Patience(cluster.wait_s, listener.note)
     client = connect(tracking_uri)
     with held_store(workdir) as store:
         started_at = datetime.now(UTC).isoformat()  # to the microsecond: two within a second are two
-        versions = champions(client, names)
+        versions = patience.until_possible(partial(champions, client, names))
         with fetched_files(store.root) as directory:
-            steps, errors = regress_steps(client, versions, started_at, directory, store)
-            on_plan(list(steps.values()))
-            outcomes = (
-                run_steps(list(steps.values()), {}, store, address, on_outcome, on_phase=on_phase) if steps else []
-            )
-        errors |= {outcome.model: outcome.error for outcome in outcomes if outcome.error is not None}
+            steps: dict[str, RegressStep] = {}
+            failed: list[Outcome] = []
+            for version in versions:
+                fetched = partial(regress_step, client, version, started_at, directory)
+                try:
+                    steps[label(version)] = patience.until_possible(fetched)
+                except Exception as error:  # noqa: BLE001  one champion must not cost the others their verdicts
+                    failed.append(model_failure("regress", label(version), error, store))
+            for outcome in failed:
+                listener.record(outcome)
+            outcomes = run_wanted(cluster, store, list(steps.values()), listener, patience)
+        errors = {outcome.model: outcome.error for outcome in (*failed, *outcomes) if outcome.error is not None}
         verdicts = []
         for version in versions:
             reason = errors.get(label(version))
             rows = () if reason else tuple(read_rows(store.path(steps[label(version)]), "regressions"))
             verdicts.append(Verdict(version, rows, reason))
-            client.set_model_version_tag(
-                version.name, version.version, VERDICT_TAG, f"{verdicts[-1].summary} at {started_at}"
+            told = f"{verdicts[-1].summary} at {started_at}"
+            patience.until_possible(
+                partial(client.set_model_version_tag, version.name, str(version.version), VERDICT_TAG, told)
             )
         done = [store.path(step) for step in steps.values() if store.is_done(step)]
         table = store.root / "tables" / "regressions" / f"{started_at.replace(':', '')}.parquet"
         collect(table, "regressions", [({}, path) for path in done])
         return verdicts
-
-
-def regress_steps(
-    client: MlflowClient, versions: Sequence[ModelVersion], started_at: str, directory: Path, store: Store
-) -> tuple[dict[str, RegressStep], dict[str, str]]:
-    """The steps of the champions by label, and why others have none."""
-    steps: dict[str, RegressStep] = {}
-    errors: dict[str, str] = {}
-    for version in versions:
-        try:
-            steps[label(version)] = regress_step(client, version, started_at, directory / str(len(steps)))
-        except Exception as error:  # noqa: BLE001  one champion must not cost the others their verdicts
-            log = store.log(f"regress-{version.name}-{version.version}")
-            errors[label(version)] = logged_failure(error, log)
-    return steps, errors
 
 
 def label(version: ModelVersion) -> str:
@@ -126,11 +113,13 @@ def fetched_files(root: Path) -> Iterator[Path]:
 def regress_step(client: MlflowClient, version: ModelVersion, started_at: str, directory: Path) -> RegressStep:
     """The step that scores one champion again; its recipe holds the time, so it is never taken from the store.
 
+    Its files are fetched into a new directory below `directory`.
+
     Raises:
         ArtifactError: The registered variant was altered, or its base is gone.
     """
     registered = read_version(client, version)
-    variant_dir, evaluation_dir = fetch_files(client, registered, directory)
+    variant_dir, evaluation_dir = fetch_files(client, registered, directory / uuid4().hex)
     variant, model_dir = variant_and_base(variant_dir)
     details = registered.details
     resources = Resources.model_validate(details["resources"])

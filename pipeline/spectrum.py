@@ -1,7 +1,7 @@
 """What the spectra of a zoo's models say: conditions, effective ranks, ranks by schedule, which method fits where."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,13 @@ from lorc_core.model.kinds import KINDS, Kind, LayerKind, layer_kinds
 from lorc_core.ranks.curves import error_at
 from lorc_core.ranks.spectra import Energies, LayerSpectrum, RankSchedule
 from pipeline.steps.graph import ModelSteps, calibrated_steps, decompose_steps, probe_step
-from pipeline.steps.outcome import Milestone, Outcome
+from pipeline.steps.outcome import Listener, Outcome
 from pipeline.steps.ranks import ProbeStep
 from pipeline.steps.step import Step
 from pipeline.storage.artifacts import load_moments, load_probes, load_ranks, load_spectra
 from pipeline.storage.lease import held_store
 from pipeline.storage.store import Store
+from pipeline.waiting import Patience
 from pipeline.zoo.schema import Zoo
 from pipeline.zoo_run import plan_steps, run_wanted
 
@@ -70,23 +71,14 @@ class ModelSpectrum:
 
 
 def model_spectra(
-    zoo: Zoo,
-    workdir: Path,
-    *,
-    on_plan: Callable[[Sequence[Step]], None] = lambda steps: None,
-    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
-    on_progress: Callable[[Milestone], None] = lambda reached: None,
-    on_phase: Callable[[str], None] = lambda phase: None,
+    zoo: Zoo, workdir: Path, listener: Listener | None = None
 ) -> tuple[list[ModelSpectrum], list[Outcome]]:
     """Decompose, schedule and, with calibration, compare all presets layer by layer; nothing is written but steps.
 
     Args:
         zoo: A checked zoo file.
         workdir: Holds the store.
-        on_plan: Called once with all steps.
-        on_outcome: Called for every outcome as it comes.
-        on_progress: Called whenever a long step tells how far it has come.
-        on_phase: Called before what takes a while and is no step.
+        listener: Is told how it goes on.
 
     Returns:
         One for each model, of the steps that finished, and the failed outcomes.
@@ -94,12 +86,14 @@ def model_spectra(
     Raises:
         ConfigError: The work directory is not writable, or another run is using it.
     """
+    listener = listener or Listener()
+    patience = Patience(zoo.cluster.wait_s, listener.note)
     with held_store(workdir) as store:
-        models, failed = plan_steps(zoo, store, on_phase)
+        models, failed = plan_steps(zoo, store, listener, patience)
         compared = [preset_probes(zoo, model) for model in models]
         wanted: list[Step] = [variant.schedule for model in models for variant in model.variants]
         wanted += [step for probes in compared for step in probes.values()]
-        outcomes = [*failed, *run_wanted(zoo, store, wanted, on_plan, on_outcome, on_progress, on_phase)]
+        outcomes = [*failed, *run_wanted(zoo.cluster, store, wanted, listener, patience)]
         spectra = [model_spectrum(zoo, model, probes, store) for model, probes in zip(models, compared, strict=True)]
         return spectra, [outcome for outcome in outcomes if outcome.status == "failed"]
 

@@ -1,7 +1,8 @@
 """Run a zoo: resolve its models, run their steps, choose candidates, join the tables."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -10,13 +11,15 @@ from pipeline.candidates import choose_candidates
 from pipeline.registry.tracking import default_tracking_uri
 from pipeline.steps.failures import model_failure
 from pipeline.steps.graph import ModelSteps, model_steps
-from pipeline.steps.outcome import Milestone, Outcome, cached_outcomes
+from pipeline.steps.outcome import Listener, Milestone, Outcome, cached_outcomes
 from pipeline.steps.step import Step, distinct
 from pipeline.storage.lease import held_store
 from pipeline.storage.store import Store
 from pipeline.storage.tables import TableName, collect, replace_table, rows_table
+from pipeline.waiting import Patience
 from pipeline.zoo.models import resolve
 from pipeline.zoo.schema import Zoo
+from pipeline.zoo.sections import Cluster
 
 Until = Literal["compress", "evaluate", "register"]
 Part = tuple[dict[str, str], Step]  # of a table: the labels of its rows, and the step that writes them
@@ -37,21 +40,24 @@ class ZooRun:
 
 
 def plan_steps(
-    zoo: Zoo, store: Store, on_phase: Callable[[str], None] = lambda phase: None
+    zoo: Zoo, store: Store, listener: Listener, patience: Patience
 ) -> tuple[list[ModelSteps], list[Outcome]]:
-    """Every model's steps; a model that cannot be read is an outcome with its error."""
+    """Every model's steps; a model that cannot be read, or cannot have a variant, is an outcome with its error."""
     tracking_uri = default_tracking_uri(zoo, store.root)
     planned, failed = [], []
     for entry in zoo.models:
-        on_phase(f"reading {entry.name}")
+        listener.phase(f"reading {entry.name}")
         try:
-            model = model_steps(zoo, resolve(entry, store), tracking_uri)
+            resolved = patience.until_possible(partial(resolve, entry, store))
+            model = model_steps(zoo, resolved, tracking_uri)
         except Exception as error:  # noqa: BLE001  one model must not cost the others their night
             failed.append(model_failure("resolve", entry.name, error, store))
             continue
         planned.append(model)
         for label, reason in model.refused:
             failed.append(Outcome(f"variant-{entry.name}-{label}", "variant", entry.name, label, "failed", reason))
+    for outcome in failed:
+        listener.record(outcome)
     return planned, failed
 
 
@@ -69,107 +75,116 @@ def wanted_steps(models: Sequence[ModelSteps], until: Until) -> list[Step]:
     return [step for variant in variants for step in (variant.projection_errors, variant.register)]
 
 
-def run_zoo(
-    zoo: Zoo,
-    workdir: Path,
-    *,
-    until: Until = "register",
-    on_plan: Callable[[Sequence[Step]], None] = lambda steps: None,
-    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
-    on_progress: Callable[[Milestone], None] = lambda milestone: None,
-    on_phase: Callable[[str], None] = lambda phase: None,
-) -> ZooRun:
+def run_zoo(zoo: Zoo, workdir: Path, *, until: Until = "register", listener: Listener | None = None) -> ZooRun:
     """Do everything a zoo file asks for that is not done yet.
 
     Args:
         zoo: A checked zoo file.
         workdir: Holds the store, the tables and, unless there is a server, MLflow's files.
         until: The last kind of step to run.
-        on_plan: Called once with all steps, done or not, before any runs.
-        on_outcome: Called for every outcome as it comes.
-        on_progress: Called whenever a long step tells how far it has come.
-        on_phase: Called before what takes a while and is no step, "starting Ray" say; it lasts until the next call of
-            any of these.
+        listener: Is told how the run goes on.
 
     Raises:
-        ConfigError: The work directory is not writable, or another run is using it.
+        ConfigError: The work directory is not writable, another run is using it, or there is no Ray at the address.
+        OSError: The tables cannot be written.
     """
+    listener = listener or Listener()
+    patience = Patience(zoo.cluster.wait_s, listener.note)
     with held_store(workdir) as store:
-        models, failed = plan_steps(zoo, store, on_phase)
-        for outcome in failed:
-            on_outcome(outcome)
+        models, failed = plan_steps(zoo, store, listener, patience)
         while True:
             try:
-                wanted = wanted_steps(models, until)
-                outcomes = run_wanted(zoo, store, wanted, on_plan, on_outcome, on_progress, on_phase)
+                outcomes = run_wanted(zoo.cluster, store, wanted_steps(models, until), listener, patience)
                 run = ZooRun(zoo, store, tuple(models), (*failed, *outcomes))
-                return finished(run, until, on_outcome, on_phase)
+                if until == "register":
+                    unchosen = choose(run, listener, patience)
+                    run = replace(run, outcomes=(*run.outcomes, *unchosen))
+                listener.phase("writing the tables")
+                patience.until_possible(partial(write_tables, run))
+                return run
             except DamagedArtifactError as damage:
                 if damage.directory.parent != store.steps:
                     raise
-                put_aside(store, damage.directory.name, on_phase)
+                put_aside(store, damage.directory.name, listener)
 
 
-def finished(
-    run: ZooRun, until: Until, on_outcome: Callable[[Outcome], None], on_phase: Callable[[str], None]
-) -> ZooRun:
-    """Choose candidates, if all was registered, and write the tables.
-
-    Raises:
-        DamagedArtifactError: What a step left is not what its manifest says.
-    """
-    if until == "register":
-        failed = choose_candidates(run.zoo, run.store, run.models, on_phase)
-        for outcome in failed:
-            on_outcome(outcome)
-        run = replace(run, outcomes=(*run.outcomes, *failed))
-    on_phase("writing the tables")
-    write_tables(run)
-    return run
+def choose(run: ZooRun, listener: Listener, patience: Patience) -> list[Outcome]:
+    """Choose the candidates; returns the failures."""
+    failed = patience.until_possible(
+        partial(choose_candidates, run.zoo, run.store, run.models, listener), first_obstacle
+    )
+    for outcome in failed:
+        listener.record(outcome)
+    return failed
 
 
-def put_aside(store: Store, key: str, on_phase: Callable[[str], None]) -> None:
+def put_aside(store: Store, key: str, listener: Listener) -> None:
     """Make room for an artifact that must be made again, and say so."""
-    on_phase(f"{key} was damaged; it is now {store.put_aside(key)} and is made again")
+    listener.note(f"{key} was damaged; it is now {store.put_aside(key)} and is made again")
+
+
+def first_obstacle(outcomes: Sequence[Outcome]) -> str | None:
+    """What may pass by itself of what was in the way."""
+    return next((outcome.obstacle for outcome in outcomes if outcome.obstacle is not None), None)
 
 
 def run_wanted(
-    zoo: Zoo,
-    store: Store,
-    wanted: Sequence[Step],
-    on_plan: Callable[[Sequence[Step]], None],
-    on_outcome: Callable[[Outcome], None],
-    on_progress: Callable[[Milestone], None],
-    on_phase: Callable[[str], None] = lambda phase: None,
+    cluster: Cluster, store: Store, wanted: Sequence[Step], listener: Listener, patience: Patience
 ) -> list[Outcome]:
     """Run steps, and all they need, that are not done yet; returns the outcomes of all.
 
-    A step that finds an input damaged is run again once that was made anew.
+    What fails is run again where the cause was a damaged artifact, made anew meanwhile, or may pass by itself.
     """
     steps = distinct(wanted)
-    on_plan(steps)
-    told: set[str] = set()
-
-    def tell(outcome: Outcome) -> None:
-        if outcome.damaged is None and outcome.key not in told:  # each step has one outcome, its last
-            told.add(outcome.key)
-            on_outcome(outcome)
-
+    listener.plan(steps)
+    told = Told(listener)
+    attempt = partial(run_once, cluster, store, steps, told)
     while True:
-        done = cached_outcomes(steps, store)
-        for outcome in done.values():
-            tell(outcome)
-        left = [step for step in steps if step.key not in done]
-        outcomes = list(done.values())
-        if left:
-            from pipeline.steps.runner import run_steps
-
-            outcomes += run_steps(left, done, store, zoo.cluster.address, tell, on_progress, on_phase)
+        outcomes = patience.until_possible(attempt, first_obstacle)
         damaged = {outcome.damaged for outcome in outcomes if outcome.damaged is not None}
         if not damaged:
+            told.finally_record(outcomes)
             return outcomes
         for key in damaged:
-            put_aside(store, key, on_phase)
+            put_aside(store, key, listener)
+
+
+def run_once(cluster: Cluster, store: Store, steps: Sequence[Step], listener: Listener) -> list[Outcome]:
+    """Run the steps that are not done; returns the outcomes of all."""
+    done = cached_outcomes(steps, store)
+    for outcome in done.values():
+        listener.record(outcome)
+    left = [step for step in steps if step.key not in done]
+    if not left:
+        return list(done.values())
+    from pipeline.steps.runner import run_steps
+
+    return [*done.values(), *run_steps(left, done, store, cluster, listener)]
+
+
+class Told(Listener):
+    """Passes on one outcome for each step, its last: one after which the step is run again is kept back."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+        self.keys: set[str] = set()
+
+    def advance(self, reached: Milestone) -> None:
+        self.listener.advance(reached)
+
+    def phase(self, what: str) -> None:
+        self.listener.phase(what)
+
+    def record(self, outcome: Outcome) -> None:
+        if outcome.is_final:
+            self.finally_record([outcome])
+
+    def finally_record(self, outcomes: Sequence[Outcome]) -> None:
+        """Pass on those of steps that had none yet."""
+        for outcome in outcomes:
+            if outcome.key not in self.keys:
+                self.keys.add(outcome.key)
+                self.listener.record(outcome)
 
 
 def write_tables(run: ZooRun) -> None:

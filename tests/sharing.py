@@ -13,6 +13,7 @@ ON_RAY = {
     "tests/jobs/test_cli.py",
     "tests/pipeline/test_calibrated_run.py",
     "tests/pipeline/test_damage.py",
+    "tests/pipeline/test_faults.py",
     "tests/pipeline/test_zoo_run.py",
 }
 

@@ -3,6 +3,9 @@
 import json
 import shutil
 
+import pyarrow.parquet as pq
+
+from pipeline.steps.outcome import Listener
 from tests.models import save_tiny_model
 from tests.paths import DEMO
 
@@ -64,6 +67,33 @@ def write_calibrated_zoo(directory, *variants, shards=1):
     rows = "\n".join(f"  - {json.dumps(variant)}" for variant in variants)
     (directory / "zoo.yaml").write_text(CALIBRATED_ZOO.format(variants=rows, shards=shards))
     return directory / "zoo.yaml"
+
+
+class Noted(Listener):
+    """Keeps what a run tells."""
+
+    def __init__(self):
+        self.phases, self.notes = [], []
+
+    def phase(self, what):
+        self.phases.append(what)
+
+    def note(self, line):
+        self.notes.append(line)
+
+
+TABLES = ("scores", "window_losses", "ranks", "projection_errors", "spectra")
+
+
+def rows(work, table):
+    """All rows of a zoo's table but what depends on the clock."""
+    read = pq.read_table(work / "tables" / table / "tiny.parquet")
+    return read.drop_columns([name for name in ("eval_s",) if name in read.column_names]).to_pylist()
+
+
+def copy_of(work, place):
+    """A copy of a finished work directory, which another test may disturb."""
+    return shutil.copytree(work, place, ignore=shutil.ignore_patterns("lease.json"))
 
 
 def statuses(run):

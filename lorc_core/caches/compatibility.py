@@ -1,4 +1,4 @@
-"""What a cache of transformers must be to hold latents, and what it holds.
+"""What a cache of transformers (dynamic, static, sliding, quantized) must be to hold latents, and what it holds.
 
 Shapes: B batch, L latent heads, Q new tokens, R latents of each.
 """
@@ -18,6 +18,8 @@ from lorc_core.errors import ConfigError
 
 def check_fits(cache: Cache, layer_idx: int, keys: Float[Tensor, "b _ q _"], values: Float[Tensor, "b _ q _"]) -> None:
     """Refuse latents that a layer of a cache cannot take, before it fails or mixes them with something else.
+
+    A `StaticCache` that was initialized early, for the states of the untouched model, is one that cannot.
 
     Args:
         cache: That is to take them.

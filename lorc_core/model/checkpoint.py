@@ -1,4 +1,4 @@
-"""Read single tensors from a local safetensors checkpoint, never the whole model.
+"""Read single tensors from a local safetensors checkpoint, never the whole model; `weights` says what they mean.
 
 Also where a model's files are, and the identity of their content, so that what was computed from one model is never
 taken for another's.

@@ -1,21 +1,31 @@
-"""An exception as one line, for the screen and the tables, and as a log with all that is known of it."""
+"""An exception as an outcome: one line for the screen and the tables, and a log with all that is known of it."""
 
 import traceback
 from pathlib import Path
 
-import torch
-
 from lorc_core.errors import LorcError
+from lorc_core.manifest import DamagedArtifactError
 from pipeline.steps.outcome import Outcome
+from pipeline.steps.step import Step
 from pipeline.storage.store import Store
+from pipeline.waiting import passing_obstacle
 
 LONGEST = 300  # characters of an error that is not ours; some libraries tell everything in one line
+
+
+def step_failure(step: Step, error: Exception, store: Store) -> Outcome:
+    """Of a step; a damaged artifact that it found in the store, or what may pass by itself, is named."""
+    damaged = None
+    if isinstance(error, DamagedArtifactError) and error.directory.parent == store.steps:
+        damaged = error.directory.name
+    return Outcome.failed(step, logged_failure(error, store.log(step.key)), damaged, passing_obstacle(error))
 
 
 def model_failure(name: str, model: str, error: Exception, store: Store) -> Outcome:
     """Of something that is done for each model but is no step."""
     key = f"{name}-{model}"
-    return Outcome(key, name, model, None, "failed", logged_failure(error, store.log(key)))
+    told = logged_failure(error, store.log(key))
+    return Outcome(key, name, model, None, "failed", told, obstacle=passing_obstacle(error))
 
 
 def logged_failure(error: Exception, log: Path) -> str:
@@ -32,7 +42,7 @@ def logged_failure(error: Exception, log: Path) -> str:
         where = f"its trace cannot be written: {refused.strerror}"
     if isinstance(error, LorcError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported to say so
         return f"out of device memory; lower the batch_size or give more GPUs ({where})"
     first_line = (str(error).strip().splitlines() or [""])[0][:LONGEST]
     return f"{type(error).__name__}: {first_line} ({where})"

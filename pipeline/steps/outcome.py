@@ -24,6 +24,7 @@ class Outcome:
         cost: Of its artifact, whichever run made it; None where there is none.
         damaged: The artifact that was not what its manifest says, where that is why the step failed or was skipped; it
             can be made again.
+        obstacle: What was in the way, where that is why and it may pass by itself.
     """
 
     key: str
@@ -34,15 +35,22 @@ class Outcome:
     error: str | None = None
     cost: Cost | None = None
     damaged: str | None = None
+    obstacle: str | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether another attempt would come to the same."""
+        return self.damaged is None and self.obstacle is None
 
     @classmethod
-    def failed(cls, step: Step, error: str, damaged: str | None = None) -> "Outcome":
-        return cls(step.key, step.name, step.model, step.label, "failed", error, damaged=damaged)
+    def failed(cls, step: Step, error: str, damaged: str | None = None, obstacle: str | None = None) -> "Outcome":
+        return cls(step.key, step.name, step.model, step.label, "failed", error, None, damaged, obstacle)
 
     @classmethod
     def skipped(cls, step: Step, broken: "Outcome") -> "Outcome":
         """For what happened to an input of the step."""
-        return cls(step.key, step.name, step.model, step.label, "skipped", broken.error, damaged=broken.damaged)
+        trouble = broken.damaged, broken.obstacle
+        return cls(step.key, step.name, step.model, step.label, "skipped", broken.error, None, *trouble)
 
     @classmethod
     def done(cls, step: Step, store: Store, status: Literal["ran", "cached"] = "ran") -> "Outcome":
@@ -58,6 +66,25 @@ class Milestone:
     label: str
     done: int
     total: int
+
+
+class Listener:
+    """Whoever wants to know how a run goes on, a screen say; a subclass has what it listens for do something."""
+
+    def plan(self, steps: Sequence[Step]) -> None:
+        """All steps, done or not, before any runs."""
+
+    def record(self, outcome: Outcome) -> None:
+        """What came of a step, as it comes; one for each."""
+
+    def advance(self, reached: Milestone) -> None:
+        """How far a long step has come."""
+
+    def phase(self, what: str) -> None:
+        """What begins now, takes a while and is no step, "starting Ray" say; it lasts until anything else is told."""
+
+    def note(self, line: str) -> None:
+        """What happened that its user should know of, an artifact that was damaged say."""
 
 
 def cached_outcomes(steps: Sequence[Step], store: Store) -> dict[str, Outcome]:

@@ -11,22 +11,22 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import grpc
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from lorc_core.errors import ConfigError
-from pipeline.steps.outcome import Milestone, Outcome
+from pipeline.steps.outcome import Listener, Milestone, Outcome
 from pipeline.steps.step import Need, Step
 from pipeline.storage.store import Store
+from pipeline.zoo.sections import Cluster
 
-LOST_WORKER_RETRIES = 2
-
-Record = Callable[[Outcome | Milestone], None]  # what a run tells is noted, and passed on to the screen
+ANSWER_S = 10  # that a Ray cluster may take to answer
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Batch:
 
 
 @contextmanager
-def cluster(address: str | None, on_phase: Callable[[str], None] = lambda phase: None) -> Iterator[None]:
+def connected(address: str | None, listener: Listener) -> Iterator[None]:
     """Connect to the Ray cluster at `address` or $RAY_ADDRESS, or start one for this process alone.
 
     A process that is connected already, a notebook say, stays so, and its workers keep what they have imported. Ray's
@@ -51,12 +51,10 @@ def cluster(address: str | None, on_phase: Callable[[str], None] = lambda phase:
         ConfigError: There is no cluster at the address, or the process is connected to another.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address:
-        check_reachable(address)
     if ray.is_initialized():
-        connected = ray.get_runtime_context().gcs_address
-        if address not in (None, "auto", connected):
-            raise ConfigError(f"this process is connected to the Ray cluster at {connected}, not to {address}")
+        current = ray.get_runtime_context().gcs_address
+        if address not in (None, "auto", current):
+            raise ConfigError(f"this process is connected to the Ray cluster at {current}, not to {address}")
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
@@ -64,8 +62,7 @@ def cluster(address: str | None, on_phase: Callable[[str], None] = lambda phase:
         # Ray asks for a token by itself and would write one to ~/.ray that later clusters trip over. Setting
         # RAY_AUTH_MODE here is too late: Ray has read it by now.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    check_reachable(address)
-    on_phase("starting Ray" if address == "local" else f"connecting to Ray at {address}")
+    listener.phase("starting Ray" if address == "local" else f"connecting to Ray at {address}")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     if threading.current_thread() is threading.main_thread():
@@ -77,17 +74,26 @@ def cluster(address: str | None, on_phase: Callable[[str], None] = lambda phase:
 
 
 def check_reachable(address: str) -> None:
-    """Raise ConfigError where nothing listens; Ray itself would try for many minutes."""
+    """Raise ConfigError where nothing listens, or what does is not Ray; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return
     try:
-        socket.create_connection((host, int(port)), timeout=10).close()
+        socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
     except OSError as error:
         raise ConfigError(f"no Ray cluster at {address}: {error}") from error
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return  # a channel without its certificates is never ready
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
+        except grpc.FutureTimeoutError:
+            raise ConfigError(
+                f"no Ray cluster at {address}: something listens there and did not answer as Ray does for {ANSWER_S} s"
+            ) from None
 
 
-@ray.remote(max_retries=LOST_WORKER_RETRIES, num_returns="streaming")
+@ray.remote(num_returns="streaming")
 def remote_group(steps: Sequence[Step], store: Store, num_threads: int) -> Iterator[Outcome | Milestone]:
     """`run_group` in a worker."""
     import torch
@@ -99,13 +105,7 @@ def remote_group(steps: Sequence[Step], store: Store, num_threads: int) -> Itera
 
 
 def run_steps(
-    steps: Sequence[Step],
-    done: Mapping[str, Outcome],
-    store: Store,
-    address: str | None,
-    on_outcome: Callable[[Outcome], None],
-    on_progress: Callable[[Milestone], None] = lambda milestone: None,
-    on_phase: Callable[[str], None] = lambda phase: None,
+    steps: Sequence[Step], done: Mapping[str, Outcome], store: Store, cluster: Cluster, listener: Listener
 ) -> list[Outcome]:
     """Run steps whose inputs are among them or done.
 
@@ -113,27 +113,22 @@ def run_steps(
         steps: To run, each once; their order is kept where nothing else decides.
         done: Outcomes by key of the steps that need not run.
         store: Where finished artifacts are and go.
-        address: Of the Ray cluster; see `cluster`. None is started for steps that run in this process.
-        on_outcome: Called in this process for every outcome as it comes.
-        on_progress: Likewise, whenever a long step tells how far it has come.
-        on_phase: Likewise, before what takes a while and is no step.
+        cluster: Of the zoo file. No Ray is started for steps that all run in this process.
+        listener: Told in this process.
 
     Returns:
         One outcome per step, in their order.
+
+    Raises:
+        ConfigError: There is no Ray cluster at the address.
     """
-    outcomes = dict(done)
     batches = batches_of(steps)
-
-    def record(told: Outcome | Milestone) -> None:
-        if isinstance(told, Milestone):
-            on_progress(told)
-            return
-        outcomes[told.key] = told
-        on_outcome(told)
-
-    with nullcontext() if all(batch.need is None for batch in batches) else cluster(address, on_phase):
-        drive(batches, outcomes, record, store)
-    return [outcomes[step.key] for step in steps]
+    work = Work(store, listener, cluster.lost_worker_retries, dict(done), batches)
+    if address := cluster.address or os.environ.get("RAY_ADDRESS"):
+        check_reachable(address)  # where nothing is left for Ray to do, too
+    with nullcontext() if all(batch.need is None for batch in batches) else connected(cluster.address, listener):
+        work.finish()
+    return [work.outcomes[step.key] for step in steps]
 
 
 def batches_of(steps: Sequence[Step]) -> list[Batch]:
@@ -144,62 +139,98 @@ def batches_of(steps: Sequence[Step]) -> list[Batch]:
     return [Batch(tuple(group)) for group in groups.values()]
 
 
-def drive(batches: Sequence[Batch], outcomes: dict[str, Outcome], record: Record, store: Store) -> None:
-    """Submit each batch when its inputs have outcomes, and record outcomes as they come, until none is left."""
-    waiting = list(batches)
-    running: dict[Any, list[Step]] = {}
-    while waiting or running:
-        ready = [batch for batch in waiting if is_ready(batch, outcomes)]
-        waiting = [batch for batch in waiting if not is_ready(batch, outcomes)]
-        for batch in ready:
-            start(batch, running, outcomes, record, store)
-        assert ready or running, "a step needs one that is neither done nor to be run"
-        if running and not ready:
-            receive(running, outcomes, record, store)
+@dataclass
+class Work:
+    """Batches on their way: which wait for inputs, which run on Ray, and what came of those that ended."""
 
+    store: Store
+    listener: Listener
+    lost_worker_retries: int
+    outcomes: dict[str, Outcome]
+    waiting: list[Batch]
+    running: dict[Any, list[Step]] = field(default_factory=dict)  # by their task's stream of outcomes
 
-def start(
-    batch: Batch,
-    running: dict[Any, list[Step]],
-    outcomes: dict[str, Outcome],
-    record: Record,
-    store: Store,
-) -> None:
-    """Submit a batch's steps, or run them here, or record why they cannot run."""
-    runnable = skip_broken(batch, outcomes, record)
-    if not runnable:
-        return
-    if batch.need is None:
-        from pipeline.steps.work import run_group
+    def finish(self) -> None:
+        """Submit each batch when its inputs have outcomes, and record outcomes as they come, until none is left."""
+        while self.waiting or self.running:
+            ready = [batch for batch in self.waiting if self.is_ready(batch)]
+            self.waiting = [batch for batch in self.waiting if not self.is_ready(batch)]
+            for batch in ready:
+                self.start(batch)
+            assert ready or self.running, "a step needs one that is neither done nor to be run"
+            if self.running and not ready:
+                self.receive()
 
-        for told in run_group(runnable, store):
-            record(told)
-    elif lack := what_lacks(batch.need):
-        fail(runnable, lack, record)
-    else:
-        running[submit(runnable, batch.need, store)] = runnable
+    def is_ready(self, batch: Batch) -> bool:
+        return all(needed.key in self.outcomes for step in batch.steps for needed in step.input_steps())
 
+    def start(self, batch: Batch) -> None:
+        """Submit a batch's steps, or run them here, or record why they cannot run."""
+        runnable = self.skip_broken(batch)
+        if not runnable:
+            return
+        if batch.need is None:
+            from pipeline.steps.work import run_group
 
-def is_ready(batch: Batch, outcomes: dict[str, Outcome]) -> bool:
-    return all(needed.key in outcomes for step in batch.steps for needed in step.input_steps())
-
-
-def skip_broken(batch: Batch, outcomes: dict[str, Outcome], record: Record) -> list[Step]:
-    """Record the steps whose inputs failed as skipped, naming the cause; return the others."""
-    runnable = []
-    for step in batch.steps:
-        inputs = [outcomes[needed.key] for needed in step.input_steps()]
-        broken = next((outcome for outcome in inputs if outcome.error is not None), None)
-        if broken is not None:
-            record(Outcome.skipped(step, broken))
+            for told in run_group(runnable, self.store):
+                self.record(told)
+        elif lack := what_lacks(batch.need):
+            self.fail(runnable, lack)
         else:
-            runnable.append(step)
-    return runnable
+            self.running[self.submit(runnable, batch.need)] = runnable
 
+    def skip_broken(self, batch: Batch) -> list[Step]:
+        """Record the steps whose inputs failed as skipped, naming the cause; return the others."""
+        runnable = []
+        for step in batch.steps:
+            inputs = [self.outcomes[needed.key] for needed in step.input_steps()]
+            broken = next((outcome for outcome in inputs if outcome.error is not None), None)
+            if broken is not None:
+                self.record(Outcome.skipped(step, broken))
+            else:
+                runnable.append(step)
+        return runnable
 
-def fail(steps: Sequence[Step], error: str, record: Record) -> None:
-    for step in steps:
-        record(Outcome.failed(step, error))
+    def submit(self, steps: Sequence[Step], need: Need) -> Any:
+        """Start the task; what comes back yields references to outcomes."""
+        task = remote_group.options(
+            num_cpus=need.num_cpus,
+            num_gpus=need.num_gpus,
+            memory=need.memory_bytes,
+            max_retries=self.lost_worker_retries,
+        )
+        return task.remote(steps, self.store, max(1, math.floor(need.num_cpus)))
+
+    def receive(self) -> None:
+        """Wait for the next outcome of any running task and record it; drop tasks that have ended."""
+        ready, _ = ray.wait(list(self.running), num_returns=1)
+        stream: Any
+        for stream in ready:
+            try:
+                told: Any = ray.get(next(stream))  # an outcome or a milestone
+                self.record(told)
+            except StopIteration:
+                # A retried task's stream starts where the lost one's was read to: its outcomes may be past the end.
+                for step in self.running.pop(stream):
+                    if step.key not in self.outcomes:
+                        untold = Outcome.failed(step, "its worker was lost and the retry told nothing of it")
+                        self.record(Outcome.done(step, self.store) if self.store.is_done(step) else untold)
+            except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
+                lost = [step for step in self.running.pop(stream) if step.key not in self.outcomes]
+                reason = str(error).splitlines()[0]
+                self.fail(lost, f"its worker was lost {self.lost_worker_retries + 1} times: {reason}")
+
+    def fail(self, steps: Sequence[Step], error: str) -> None:
+        for step in steps:
+            self.record(Outcome.failed(step, error))
+
+    def record(self, told: Outcome | Milestone) -> None:
+        """Note an outcome; tell what came."""
+        if isinstance(told, Milestone):
+            self.listener.advance(told)
+            return
+        self.outcomes[told.key] = told
+        self.listener.record(told)
 
 
 def what_lacks(need: Need) -> str | None:
@@ -211,29 +242,3 @@ def what_lacks(need: Need) -> str | None:
     nodes = "; ".join(", ".join(f"{name} {node.get(name, 0):g}" for name in asked) for node in offered)
     asks = ", ".join(f"{name} {amount:g}" for name, amount in asked.items() if amount)
     return f"no node of the cluster can give {asks}; its nodes have: {nodes}"
-
-
-def submit(steps: Sequence[Step], need: Need, store: Store) -> Any:
-    """Start the task; what comes back yields references to outcomes."""
-    options = {"num_cpus": need.num_cpus, "num_gpus": need.num_gpus, "memory": need.memory_bytes}
-    return remote_group.options(**options).remote(steps, store, max(1, math.floor(need.num_cpus)))
-
-
-def receive(running: dict[Any, list[Step]], outcomes: dict[str, Outcome], record: Record, store: Store) -> None:
-    """Wait for the next outcome of any running task and record it; drop tasks that have ended."""
-    ready, _ = ray.wait(list(running), num_returns=1)
-    stream: Any
-    for stream in ready:
-        try:
-            told: Any = ray.get(next(stream))  # an outcome or a milestone
-            record(told)
-        except StopIteration:
-            # A retried task's stream starts where the lost one's was read to, so its outcomes may be past the end.
-            for step in running.pop(stream):
-                if step.key not in outcomes:
-                    untold = Outcome.failed(step, "its worker was lost and the retry told nothing of it")
-                    record(Outcome.done(step, store) if store.is_done(step) else untold)
-        except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
-            lost = [step for step in running.pop(stream) if step.key not in outcomes]
-            reason = f"its worker was lost {LOST_WORKER_RETRIES + 1} times: {str(error).splitlines()[0]}"
-            fail(lost, reason, record)

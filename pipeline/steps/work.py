@@ -6,8 +6,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorc_core.manifest import DamagedArtifactError
-from pipeline.steps.failures import logged_failure
+from pipeline.steps.failures import step_failure
 from pipeline.steps.outcome import Milestone, Outcome
 from pipeline.steps.step import FileStep, ModelStep, Progress, Step
 from pipeline.storage.store import Store
@@ -27,7 +26,7 @@ def run_group(steps: Sequence[Step], store: Store) -> Iterator[Outcome | Milesto
             model = opened.enter_context(shared_model(steps[0]))
         except Exception as error:  # noqa: BLE001
             for step in steps:
-                yield Outcome.failed(step, logged_failure(error, store.log(step.key)))
+                yield step_failure(step, error, store)
             return
         for step in steps:
             yield from run_step(step, store, model)
@@ -55,11 +54,8 @@ def run_step(step: Step, store: Store, model: "PreTrainedModel | None") -> Itera
         if (resume_dir := step.resume_dir(store)) is not None:
             shutil.rmtree(resume_dir, ignore_errors=True)
         outcome = Outcome.done(step, store)
-    except DamagedArtifactError as damage:
-        key = damage.directory.name if damage.directory.parent == store.steps else None
-        outcome = Outcome.failed(step, logged_failure(damage, store.log(step.key)), damaged=key)
     except Exception as error:  # noqa: BLE001  see `run_group`
-        outcome = Outcome.failed(step, logged_failure(error, store.log(step.key)))
+        outcome = step_failure(step, error, store)
     yield outcome
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from uuid import uuid4
 
 from lorc_core.errors import ConfigError
-from lorc_core.manifest import MANIFEST_FILE, checked_file, write_manifest
+from lorc_core.manifest import MANIFEST_FILE, DamagedArtifactError, checked_file, write_manifest
 
 COST_FILE = "cost.json"
 
@@ -60,10 +60,17 @@ class Store:
     def is_done(self, step: Keyed) -> bool:
         return (self.path(step) / MANIFEST_FILE).is_file()
 
-    def cost(self, step: Keyed) -> Cost | None:
-        """Of a finished artifact; None of one that was made before costs were kept."""
-        file = self.path(step) / COST_FILE
-        return Cost(**json.loads(checked_file(file).read_text())) if file.is_file() else None
+    def cost(self, step: Keyed) -> Cost:
+        """Of a finished artifact.
+
+        Raises:
+            DamagedArtifactError: It is another step's, put in its place.
+        """
+        file = checked_file(self.path(step) / COST_FILE)
+        kept = json.loads(file.read_text())
+        if (key := kept.pop("step")) != step.key:
+            raise DamagedArtifactError(self.path(step), f"{file.parent}: is the artifact of {key}")
+        return Cost(**kept)
 
     def log(self, key: str) -> Path:
         """Where the trace of a step that failed goes, or of what there was to do before steps."""
@@ -90,7 +97,7 @@ class Store:
         try:
             yield scratch
             cost = Cost(time.perf_counter() - started, socket.gethostname())
-            (scratch / COST_FILE).write_text(json.dumps(asdict(cost)))
+            (scratch / COST_FILE).write_text(json.dumps({"step": path.name, **asdict(cost)}))
             write_manifest(scratch)
             if not (path / MANIFEST_FILE).is_file():  # else another worker was faster: what is finished stays
                 shutil.rmtree(path, ignore_errors=True)

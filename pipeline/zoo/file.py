@@ -1,6 +1,7 @@
 """Read a zoo file; every error names the file, the field and what is allowed, and all of them are told at once."""
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ from lorc_core.errors import ConfigError
 from pipeline.zoo.consistency import Parts, contradictions
 from pipeline.zoo.schema import Zoo, with_methods
 from pipeline.zoo.sections import Calibration, Evaluation, ModelEntry
-from pipeline.zoo.variants import VariantEntry
+from pipeline.zoo.variants import NO_BUDGET, VariantEntry
 from pipeline.zoo.yaml_reader import read_yaml
 
 # Errors that follow from others: a default that needs a wrong field, a list short of its wrong entries.
@@ -65,10 +66,15 @@ def readable(section: type[Section], written: Any, context: dict[str, Any]) -> S
 def root_problems(error: ValidationError) -> list[Any]:
     """pydantic's errors without those that only follow from others."""
     problems = error.errors()
+    misspelt = {problem["loc"][:-1] for problem in problems if problem["type"] == "extra_forbidden"}
 
     def follows(problem: Any) -> bool:
         inside = (other["loc"][: len(problem["loc"])] == problem["loc"] for other in problems if other is not problem)
-        return problem["type"] in FOLLOWING or (problem["type"] == "too_short" and any(inside))
+        return (
+            problem["type"] in FOLLOWING
+            or (problem["type"] == "too_short" and any(inside))
+            or (problem["type"] == NO_BUDGET and problem["loc"][:-1] in misspelt)
+        )
 
     return [problem for problem in problems if not follows(problem)]
 
@@ -77,8 +83,10 @@ def described(problem: Any) -> Iterator[str]:
     """One pydantic error, a line for each thing that it tells: the field, what is allowed, what was given."""
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        allowed = ", ".join(fields_at(problem["loc"][:-1]))
-        yield f"{where}: unknown field; allowed here are {allowed}"
+        allowed = fields_at(problem["loc"][:-1])
+        meant = get_close_matches(str(problem["loc"][-1]), allowed, n=1)
+        guess = f"did you mean {meant[0]}? " if meant else ""
+        yield f"{where}: unknown field; {guess}allowed here are {', '.join(allowed)}"
         return
     told = problem["type"] == "missing" or isinstance(problem["input"], dict)  # what is wrong in it is told by name
     given = "" if told else f", got {problem['input']!r}"

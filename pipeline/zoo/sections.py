@@ -201,9 +201,15 @@ class Registry(Strict):
 
 
 class Cluster(Strict):
-    """The Ray cluster (`address`; absent: one is started here) and the devices that `lorc plan` plans for."""
+    """The Ray cluster (`address`; absent: one is started here) and the devices that `lorc plan` plans for.
+
+    A step whose worker is lost is run `lost_worker_retries` times more. What fails for a full disk, a locked database
+    or an MLflow server that is away is done again for `wait_s` seconds, all in all.
+    """
 
     address: str | None = None
+    lost_worker_retries: Annotated[int, Field(ge=0, le=MOST)] = 2
+    wait_s: Annotated[float, Field(ge=0)] = 300
     gpus: Annotated[int, Field(ge=0, le=MOST)] = 0
     gpu_memory_gib: Annotated[Annotated[float, Field(gt=0)] | None, Field(validate_default=True)] = None
 

@@ -3,6 +3,7 @@
 from typing import Annotated, Any
 
 from pydantic import Field, InstanceOf, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from lorc_core.methods import Method
 from lorc_core.ranks.schedule import Schedule
@@ -10,6 +11,7 @@ from pipeline.zoo.methods import method_of, schedule_of
 from pipeline.zoo.sections import GIB, MOST, Name, Strict
 
 KeptFraction = Annotated[float, Field(gt=0, le=1)]
+NO_BUDGET = "no_budget"  # the error of an entry that has none; a misspelt field of it may have been meant as one
 
 
 class Budget(Strict):
@@ -63,8 +65,10 @@ class VariantEntry(Strict):
     @classmethod
     def one_kind_of_budget(cls, budget: Budget | None, info: ValidationInfo) -> Budget | None:
         kept_fraction = info.data.get("kept_fraction")
-        if kept_fraction is not None and bool(kept_fraction) == (budget is not None):
-            raise ValueError("give kept_fraction or budget, one of them")
+        if kept_fraction == () and budget is None:
+            raise PydanticCustomError(NO_BUDGET, "give kept_fraction or budget, one of them")
+        if kept_fraction and budget is not None:
+            raise ValueError("give kept_fraction or budget, one of them; both are there")
         return budget
 
     @property

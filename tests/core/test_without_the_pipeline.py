@@ -5,7 +5,7 @@ import sys
 
 SCRIPT = """
 import sys
-for name in ("ray", "mlflow", "accelerate", "datasets", "pyarrow", "pipeline", "jobs"):
+for name in ("ray", "mlflow", "datasets", "pyarrow", "pipeline", "jobs"):
     sys.modules[name] = None  # importing it raises
 import lorc_core
 for name in lorc_core.__all__:

@@ -200,7 +200,8 @@ def test_export_then_generate_the_same_text_at_the_same_cost(lorc, variant_dir, 
         texts.append(text)
         num_new, rest = err.split(" tokens, ")
         per_second, prompt, held, share, untouched = re.fullmatch(
-            r"([\d.]+) per second with the prompt's (\d+); cache ([\d,]+) bytes, ([\d.]+) of ([\d,]+) untouched\n", rest
+            r"([\d.]+) per second with the prompt's (\d+); cache ([\d,]+) bytes, ([\d.]+) of the untouched model's ([\d,]+)\n",
+            rest,
         ).groups()
         assert 1 <= int(num_new) <= 5
         assert float(per_second) > 0
@@ -301,7 +302,7 @@ def test_a_misspelt_field_is_one_line_and_exit_code_2(lorc, tmp_path):
     code, out, err = lorc("run", zoo_file, "--workdir", tmp_path / "work")
     assert (code, out) == (2, "")
     assert err.startswith(
-        f"error: {zoo_file}: evaluation.batchsize: unknown field; allowed here are texts, window_tokens"
+        f"error: {zoo_file}: evaluation.batchsize: unknown field; did you mean batch_size? allowed here are texts"
     )
     assert len(err.splitlines()) == 1
 

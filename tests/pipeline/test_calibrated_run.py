@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 import lorc_core
 from lorc_core.methods import METHODS
 from pipeline.results import results
+from pipeline.steps.outcome import Listener
 from pipeline.steps.step import distinct
 from pipeline.storage.artifacts import load_moments
 from pipeline.storage.tables import read_rows
+from pipeline.waiting import Patience
 from pipeline.zoo.file import load_zoo
 from pipeline.zoo_run import plan_steps, run_zoo, wanted_steps
 from tests.models import save_tiny_model
@@ -103,7 +105,7 @@ def test_four_budgets_ask_for_the_same_decompositions_and_calibration(sweep, dir
     entries = [{"method": name, "schedule": "uniform", "kept_fraction": [0.75, 0.6, 0.5, 0.4]} for name in presets]
     rows = "\n".join(f"  - {json.dumps(entry)}" for entry in entries)
     (directory / "four.yaml").write_text(CALIBRATED_ZOO.format(variants=rows, shards=1))
-    models, _ = plan_steps(load_zoo(directory / "four.yaml"), run.store)
+    models, _ = plan_steps(load_zoo(directory / "four.yaml"), run.store, Listener(), Patience(0))
     steps = distinct(wanted_steps(models, "compress"))
     done = Counter((step.name, run.store.is_done(step)) for step in steps)
     assert (done["decompose", True], done["decompose", False]) == (3 * 10 + 3 * 9, 0)
@@ -163,15 +165,9 @@ def test_training_whose_worker_is_killed_goes_on_to_the_same_bases(measured, dir
     step = run.models[0].variants[-1].variant.trained
     whole = directory / "whole"
     run.store.path(step).rename(whole)
-    killed = []
-
-    def kill_worker(milestone):
-        if not killed:
-            killed.append(worker_at_work(ray_cluster))
-            killed[0].kill()
-
-    again = run_zoo(load_zoo(zoo_file), directory / "work", until="evaluate", on_progress=kill_worker)
-    assert killed
+    killer = Killer(ray_cluster)
+    again = run_zoo(load_zoo(zoo_file), directory / "work", until="evaluate", listener=killer)
+    assert killer.killed
     assert not again.failures
     assert {outcome.key for outcome in again.outcomes if outcome.status == "ran"} == {step.key}
     looks, later = ([row["step"] for row in read_rows(place, "training")] for place in (whole, run.store.path(step)))
@@ -180,6 +176,18 @@ def test_training_whose_worker_is_killed_goes_on_to_the_same_bases(measured, dir
     expected = load_file(whole / "bases.safetensors")
     for name, rotation in load_file(run.store.path(step) / "bases.safetensors").items():
         torch.testing.assert_close(rotation, expected[name], rtol=0, atol=1e-5)
+
+
+class Killer(Listener):
+    """Kills the worker that tells the first milestone."""
+
+    def __init__(self, node):
+        self.node, self.killed = node, None
+
+    def advance(self, reached):
+        if self.killed is None:
+            self.killed = worker_at_work(self.node)
+            self.killed.kill()
 
 
 def worker_at_work(node):

@@ -2,21 +2,13 @@
 
 import shutil
 
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.candidates import candidates
 from pipeline.storage.store import Store
 from pipeline.zoo.file import load_zoo
 from pipeline.zoo_run import run_zoo
-
-TABLES = ("scores", "window_losses", "ranks", "projection_errors", "spectra")
-
-
-def rows(work, table):
-    """All rows of a table but what depends on the clock."""
-    read = pq.read_table(next((work / "tables" / table).glob("*.parquet")))
-    return read.drop_columns([name for name in ("eval_s",) if name in read.column_names]).to_pylist()
+from tests.zoos import TABLES, Noted, copy_of, rows
 
 
 def cut(path):
@@ -27,7 +19,7 @@ def cut(path):
 def damaged(finished, tmp_path):
     """A copy of a finished work directory, and the directories of its first model's steps."""
     zoo_file, work, run = finished
-    shutil.copytree(work, tmp_path / "work")
+    copy_of(work, tmp_path / "work")
     steps = tmp_path / "work" / "steps"
     return load_zoo(zoo_file), tmp_path / "work", work, lambda step: steps / step.key, run.models[0]
 
@@ -40,15 +32,28 @@ def test_damaged_artifacts_are_put_aside_and_made_again(damaged):
     shutil.rmtree(place(first.variant))  # so that it is made from layers again
     layer = model.decompose["lorc"][0]
     cut(place(layer) / "layer.safetensors")
-    lines = []
-    again = run_zoo(zoo, work, until="evaluate", on_phase=lines.append)
+    told = Noted()
+    again = run_zoo(zoo, work, until="evaluate", listener=told)
     assert not again.failures
     for table in TABLES:
         assert rows(work, table) == rows(untouched, table)
     aside = sorted(path.name.rpartition("-")[0] for path in (work / "damaged").iterdir())
     assert aside == sorted(step.key for step in (first.evaluate, second.evaluate, layer))
     for key in aside:
-        assert sum(line.startswith(f"{key} was damaged") for line in lines) == 1
+        assert sum(line.startswith(f"{key} was damaged") for line in told.notes) == 1
+
+
+def test_an_artifact_in_the_place_of_another_is_put_aside_and_made_again(damaged):
+    """Each file of it is as its manifest says: its step is not."""
+    zoo, work, untouched, place, model = damaged
+    first, second = model.variants[:2]
+    shutil.rmtree(place(second.evaluate))
+    shutil.copytree(place(first.evaluate), place(second.evaluate))
+    told = Noted()
+    again = run_zoo(zoo, work, until="evaluate", listener=told)
+    assert [outcome.key for outcome in again.outcomes if outcome.status == "ran"] == [second.evaluate.key]
+    assert rows(work, "scores") == rows(untouched, "scores")
+    assert told.notes[0].startswith(f"{second.evaluate.key} was damaged")
 
 
 def test_a_run_that_finds_all_whole_puts_nothing_aside(damaged):

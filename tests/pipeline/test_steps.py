@@ -16,7 +16,7 @@ from lorc_core.methods import Axes
 from lorc_core.model.kinds import KeysValues
 from lorc_core.ranks.schedules import Sensitivity
 from pipeline.steps.graph import model_steps
-from pipeline.steps.outcome import cached_outcomes
+from pipeline.steps.outcome import Listener, cached_outcomes
 from pipeline.steps.ranks import SearchStep
 from pipeline.steps.runner import run_steps
 from pipeline.steps.step import FileStep, Input, ModelLoad, ModelStep, Pin, Place, Recipe, Step, distinct
@@ -24,6 +24,7 @@ from pipeline.steps.work import run_group
 from pipeline.storage.store import Store
 from pipeline.zoo.file import load_zoo
 from pipeline.zoo.models import resolve
+from pipeline.zoo.sections import Cluster
 from tests.paths import REPOSITORY
 
 
@@ -158,11 +159,12 @@ def test_a_failure_whose_log_cannot_be_written_is_still_one_line(tmp_path):
 
 
 def test_a_bug_of_the_runner_stops_the_job(tmp_path):
-    def broken(outcome):
-        raise RuntimeError("a bug of ours")
+    class Broken(Listener):
+        def record(self, outcome):
+            raise RuntimeError("a bug of ours")
 
     with pytest.raises(RuntimeError, match="a bug of ours"):
-        run_steps([step(need=None)], {}, Store(tmp_path), None, broken)
+        run_steps([step(need=None)], {}, Store(tmp_path), Cluster(), Broken())
 
 
 def test_an_artifact_appears_whole_with_its_manifest(tmp_path):
@@ -178,7 +180,6 @@ def test_an_artifact_appears_whole_with_its_manifest(tmp_path):
 def test_the_cost_of_an_artifact_is_kept_with_it(tmp_path):
     """A run that finds it done tells what it took to make, and not 0.0 seconds."""
     store = Store(tmp_path)
-    assert store.cost(step()) is None
     (ran,) = run_group([step()], store)
     assert ran.cost.elapsed_s > 0
     assert ran.cost.host == socket.gethostname()

@@ -115,15 +115,16 @@ def set_at(content, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["modles"], [], "modles: unknown field; allowed here are name, models, variants, calibration, eval"),
-        (["models", 0, "dtyp"], "float32", r"models\.0\.dtyp: unknown field; allowed here are name, source, revision"),
+        (["modles"], [], r"modles: unknown field; did you mean models\? allowed here are name, models, variants, cal"),
+        (["models", 0, "dtyp"], "float32", r"models\.0\.dtyp: unknown field; did you mean dtype\? allowed here are na"),
+        (["models", 0, "xyz"], 1, r"models\.0\.xyz: unknown field; allowed here are name, source, revision"),
         (["models", 0, "dtype"], "float8", r"models\.0\.dtype: input should be 'float32', 'bfloat16' or 'float16'"),
         (["models", 0, "source"], "a/b/c", r"models\.0\.source: a directory starts with \./"),
         (["models", 1, "name"], "small-llama", "models: the name 'small-llama' is used twice"),
         (
             ["models", 0, "resources"],
             {"gpus": 1},
-            r"models\.0\.resources\.gpus: unknown field; allowed here are num_cp",
+            r"models\.0\.resources\.gpus: unknown field; did you mean num_gpus",
         ),
         (["variants", 0, "method"], "lork", r"variants\.0\.method: method 'lork' is not known; known are eigen.*zack$"),
         (["variants", 0, "method"], {"preset": "lorc"}, "a method that is no preset needs a name of its own"),

@@ -19,12 +19,13 @@ import lorc_core
 from lorc_core.errors import ConfigError
 from pipeline.registry.versions import connect
 from pipeline.results import results
-from pipeline.steps.runner import cluster, what_lacks
+from pipeline.steps.outcome import Listener
+from pipeline.steps.runner import connected, what_lacks
 from pipeline.steps.step import Need
 from pipeline.zoo.file import load_zoo
 from pipeline.zoo_run import run_zoo
 from tests.models import save_tiny_model
-from tests.zoos import statuses, write_zoo
+from tests.zoos import Noted, statuses, write_zoo
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -164,24 +165,24 @@ def test_windows_longer_than_the_model_are_refused(tmp_path):
 def test_an_address_without_a_cluster_is_a_wrong_request(tmp_path):
     zoo_file = write_zoo(tmp_path, kept="0.5")
     zoo_file.write_text(zoo_file.read_text() + "cluster: {address: '127.0.0.1:1'}\n")
-    phases = []
+    told = Noted()
     with pytest.raises(ConfigError, match=r"no Ray cluster at 127\.0\.0\.1:1"):
-        run_zoo(load_zoo(zoo_file), tmp_path / "work", on_phase=phases.append)
-    assert phases == ["reading small-llama", "reading tiny-opt"]  # what takes a while and is no step is told
+        run_zoo(load_zoo(zoo_file), tmp_path / "work", listener=told)
+    assert told.phases == ["reading small-llama", "reading tiny-opt"]  # what takes a while and is no step is told
 
 
 def test_a_process_that_is_connected_stays_so_and_asks_no_other_cluster(finished, ray_cluster):
     import ray
 
     assert ray.is_initialized()  # after the run of `finished`
-    with cluster(ray_cluster.address):
+    with connected(ray_cluster.address, Listener()):
         pass
     assert ray.is_initialized()
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         with (
             pytest.raises(ConfigError, match=f"connected to the Ray cluster at .*, not to {address}"),
-            cluster(address),
+            connected(address, Listener()),
         ):
             pass
 
@@ -301,8 +302,10 @@ def test_registrations_without_mlflow_are_outcomes_and_tables_are_written(finish
     zoo_file, workdir, _ = finished
     away = zoo_file.with_name("away.yaml")
     text = zoo_file.read_text().replace("name: tiny\n", "name: away\n")
-    away.write_text(text + "registry: {tracking_uri: 'http://127.0.0.1:1'}\n")
-    run = run_zoo(load_zoo(away), workdir)
+    away.write_text(text + "registry: {tracking_uri: 'http://127.0.0.1:1'}\ncluster: {wait_s: 1}\n")
+    told = Noted()
+    run = run_zoo(load_zoo(away), workdir, listener=told)
+    assert [line.partition(" (")[0] for line in told.notes] == ["MLflow does not answer"]
     assert {(outcome.name, outcome.model) for outcome in run.failures} == {
         ("register", "small-llama"),
         ("register", "tiny-opt"),

@@ -1,0 +1,134 @@
+"""Workers killed every 20 seconds and a node lost: a zoo's tables are those of an undisturbed run."""
+
+import contextlib
+import json
+import random
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests.models import save_tiny_model
+from tests.paths import DEMO
+from tests.zoos import TABLES, rows
+
+KILL_EVERY_S = 20
+MODELS = ("llama", "llama-mha", "qwen2", "opt", "gpt2", "gpt_neox")
+ZOO = """
+name: tiny
+models:
+{models}
+calibration:
+  texts: [{{name: first, source: text.jsonl, part: [0, 0.5]}}]
+  window_tokens: 32
+  num_windows: 400
+  shards: 2
+variants:
+  - {{method: lorc, schedule: uniform, kept_fraction: 0.5}}
+  - {{method: kq_joint, schedule: fisher, kept_fraction: [0.5, 0.25]}}
+evaluation:
+  texts: [{{name: rest, source: text.jsonl, part: [0.5, 1]}}]
+  window_tokens: 32
+  num_windows: 400
+gates: {{max_perplexity_rise: 0.5}}
+cluster: {{lost_worker_retries: 50}}
+"""
+# Where all is given back, says so and ends.
+RESOURCES = """
+import ray, sys, time
+ray.init(address=sys.argv[1], log_to_driver=False)
+until = time.monotonic() + 60
+while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"] and time.monotonic() < until:
+    time.sleep(1)
+print(ray.available_resources().get("CPU"), ray.cluster_resources()["CPU"])
+"""
+
+
+@pytest.fixture(scope="module")
+def two_nodes():
+    """A head and another node, in processes of their own, with a core each; no process is connected."""
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    other = nodes.add_node(num_cpus=1)
+    yield nodes.address, [nodes.head_node, other]
+    nodes.shutdown()
+
+
+def write_zoo(directory):
+    entries = []
+    for seed, name in enumerate(MODELS):
+        save_tiny_model(name, directory / name, seed)
+        entries.append(f"  - {{name: {name}, source: ./{name}, dtype: float32}}")
+    (directory / "text.jsonl").write_text((DEMO / "heldout.jsonl").read_text())
+    (directory / "zoo.yaml").write_text(ZOO.format(models="\n".join(entries)))
+    return directory / "zoo.yaml"
+
+
+def started(zoo_file, work, address, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    command = [sys.executable, "-m", "jobs.cli", "run", str(zoo_file), "--workdir", str(work)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def raylet(node):
+    return psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+
+def busy_workers(nodes):
+    found = []
+    for node in nodes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # the node or a worker may end meanwhile
+            for process in raylet(node).children(recursive=True):
+                found += [process] if process.cmdline()[:1] == ["ray::remote_group"] else []
+    return found
+
+
+def finished_steps(work):
+    """When each step that is done was done."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in work.glob("steps/*/manifest.json")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_zoo_survives_killed_workers_and_a_lost_node(two_nodes, tmp_path, monkeypatch):
+    address, nodes = two_nodes
+    zoo_file = write_zoo(tmp_path)
+    undisturbed = started(zoo_file, tmp_path / "undisturbed", address, monkeypatch)
+    printed, _ = undisturbed.communicate()
+    assert undisturbed.returncode == 0, printed
+
+    chance, killed, lost_node = random.Random(0), 0, False
+    process = started(zoo_file, tmp_path / "work", address, monkeypatch)
+    done = {}
+    next_kill = time.monotonic() + KILL_EVERY_S
+    while process.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.5)
+        done = finished_steps(tmp_path / "work") | done  # the first time counts
+        if time.monotonic() < next_kill:
+            continue
+        workers = busy_workers(nodes)
+        if killed < 3 and workers:
+            chance.choice(workers).kill()
+            killed += 1
+        elif killed == 3 and not lost_node:
+            raylet(nodes[1]).kill()
+            lost_node = True
+        else:
+            continue
+        next_kill = time.monotonic() + KILL_EVERY_S
+    assert process.returncode == 0, process.stdout.read()
+    assert killed == 3
+    assert lost_node
+    for table in TABLES:
+        assert rows(tmp_path / "work", table) == rows(tmp_path / "undisturbed", table), table
+    after = finished_steps(tmp_path / "work")
+    assert {key: after[key] for key in done} == done, "a finished step was done again"
+    notes = [json.loads((tmp_path / work / "candidates" / "tiny.json").read_text()) for work in ("work", "undisturbed")]
+    assert notes[0]["chosen"].keys() == notes[1]["chosen"].keys()
+    command = [sys.executable, "-c", RESOURCES, address]
+    resources = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert resources == ["1.0", "1.0"]
