@@ -39,7 +39,7 @@ def compress_zoo(zoo: Zoo, workdir: Path, until: Until) -> int:
 
 
 def candidate_line(done: ZooRun) -> str:
-    """Which version each model's alias `candidate` points to now."""
+    """Which version this zoo file's last run made each model's candidate."""
     if done.zoo.gates is None:
         return "no candidates: the zoo file has no gates"
     chosen = candidates(done.zoo, done.store)

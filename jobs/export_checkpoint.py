@@ -7,7 +7,6 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from jobs.generate import find_variant
-from lorc_core.errors import ArtifactError, ConfigError
 from lorc_core.standalone.export import Exported, export_variant
 from lorc_core.standalone.plain_export import PlainExported, export_plain
 
@@ -17,13 +16,10 @@ def export_checkpoint(reference: str, directory: Path, base: Path | None, workdi
     transformers_logging.disable_progress_bar()
     with TemporaryDirectory() as scratch:
         variant_dir, _ = find_variant(reference, workdir, Path(scratch))
-        try:
-            if plain:
-                exported: Exported | PlainExported = export_plain(variant_dir, directory, base=base)
-            else:
-                exported = export_variant(variant_dir, directory, base=base)
-        except ArtifactError as error:  # what was named on the command line cannot be exported
-            raise ConfigError(str(error)) from error
+        if plain:
+            exported: Exported | PlainExported = export_plain(variant_dir, directory, base=base)
+        else:
+            exported = export_variant(variant_dir, directory, base=base)
     console = Console(soft_wrap=True)
     sizes = f"{exported.weight_bytes:,} bytes of weights, the base model has {exported.base_weight_bytes:,}"
     console.print(f"exported to {exported.directory}: {sizes}", highlight=False)

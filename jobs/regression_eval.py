@@ -12,7 +12,7 @@ from jobs.progress import StepProgress
 from jobs.screen import console
 from jobs.stopping import stoppable
 from pipeline.registry.tracking import default_tracking_uri
-from pipeline.regression import Verdict, label, regress
+from pipeline.regression import ChampionVerdict, label, regress
 from pipeline.zoo.sections import Cluster
 
 
@@ -31,7 +31,7 @@ def regress_champions(names: list[str], address: str | None, workdir: Path) -> i
     return 0 if all(verdict.passed for verdict in verdicts) else 1
 
 
-def verdict_table(verdicts: list[Verdict]) -> FittedTable:
+def verdict_table(verdicts: list[ChampionVerdict]) -> FittedTable:
     """A line for each text that a champion was evaluated on again."""
     columns = (
         Column("text", align_right=False),

@@ -3,6 +3,7 @@
 The pipeline runs the same functions as separate steps on many machines.
 """
 
+import os
 import reprlib
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -135,7 +136,9 @@ class OpenedModel:
 def open_model(model: PreTrainedModel | Path | str) -> OpenedModel:
     """A loaded model, or the facts of one on disk or on the hub; see `compress`."""
     if isinstance(model, PreTrainedModel):
-        base = BaseModel(source=model.name_or_path or "", revision=None, fingerprint=None)
+        named = model.name_or_path or ""
+        source = os.path.abspath(named) if os.path.isdir(named) else named  # a relative one would read as a hub id
+        base = BaseModel(source, revision=None, fingerprint=None)
         return OpenedModel(architecture_of(model.config), LoadedWeights(model), base, model)
     directory = find_model(model)
     checkpoint = Checkpoint(directory)

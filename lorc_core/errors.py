@@ -1,6 +1,11 @@
 """The errors of lorc, named by who must act; each is also the builtin it resembles."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class LorcError(Exception):
     """Any foreseen failure. Its message is one line that says what was got and what is allowed."""
 

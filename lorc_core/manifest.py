@@ -25,9 +25,9 @@ class DamagedArtifactError(ArtifactError):
 
 def write_manifest(directory: Path) -> None:
     """Record the sha256 of every file of `directory`; until then the directory counts as unfinished."""
-    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST_FILE)
-    hashes = {path.name: file_sha256(path) for path in files}
     partial = directory / f"{MANIFEST_FILE}.partial"
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    hashes = {path.name: file_sha256(path) for path in files if path.name not in (MANIFEST_FILE, partial.name)}
     partial.write_text(json.dumps(hashes, indent=2) + "\n")
     partial.rename(directory / MANIFEST_FILE)
 

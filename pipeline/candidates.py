@@ -39,6 +39,7 @@ def choose_candidates(zoo: Zoo, store: Store, models: Sequence[ModelSteps], list
     listener.phase("choosing candidates")
     from pipeline.registry.promotion import choose_candidate
 
+    before = candidates(zoo, store)
     chosen: dict[str, str | None] = {}
     failed = []
     for name, versions in choices.items():
@@ -47,6 +48,8 @@ def choose_candidates(zoo: Zoo, store: Store, models: Sequence[ModelSteps], list
                 chosen[name] = choose_candidate(tracking_uri, name, versions, zoo.gates)
         except Exception as error:  # noqa: BLE001  MLflow may be away; the tables are still written
             failed.append(model_failure("candidate", name, error, store))
+            if name in before:  # whose alias still stands
+                chosen[name] = before[name]
     note_path(zoo, store).parent.mkdir(exist_ok=True)
     note_path(zoo, store).write_text(json.dumps({"recipe": None if failed else recipe, "chosen": chosen}))
     return failed

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, P
 from transformers.utils import logging as transformers_logging
 
 from lorc_core.caches.memory import cache_bytes
-from lorc_core.errors import ArtifactError, NumericsError
+from lorc_core.errors import ArtifactError, NumericsError, first_line
 from lorc_core.model.checkpoint import read_config
 from lorc_core.model.integrity import check_model
 from pipeline.zoo.sections import ELEMENT_BYTES
@@ -72,7 +72,7 @@ def loaded_model(model_dir: Path, dtype: str, *, trust_remote_code: bool = False
             model_dir, dtype=DTYPES[dtype], device_map=devices, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, RuntimeError) as error:  # all that transformers raises for files it cannot use
-        raise ArtifactError(f"{model_dir}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ArtifactError(f"{model_dir}: cannot be loaded: {first_line(error)}") from error
     try:
         yield model.eval()
     finally:

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,17 +19,17 @@ from pipeline.steps.failures import model_failure
 from pipeline.steps.outcome import Listener, Outcome
 from pipeline.steps.scores import RegressStep
 from pipeline.steps.step import ModelLoad, Need
+from pipeline.steps_run import StepsRun
 from pipeline.storage.lease import held_store
 from pipeline.storage.tables import collect, read_rows
 from pipeline.waiting import Patience
 from pipeline.zoo.sections import Cluster, Resources
-from pipeline.zoo_run import run_wanted
 
 VERDICT_TAG = "lorc.regression"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ChampionVerdict:
     """What re-evaluating one champion came to: its rows in the table `regressions`, or an error."""
 
     version: ModelVersion
@@ -49,7 +49,7 @@ class Verdict:
 
 def regress(
     tracking_uri: str, names: Sequence[str], cluster: Cluster, workdir: Path, listener: Listener | None = None
-) -> list[Verdict]:
+) -> list[ChampionVerdict]:
     """Re-evaluate champions on their pinned tokens, tag each with the verdict, keep the table.
 
     Args:
@@ -68,32 +68,41 @@ def regress(
     with held_store(workdir) as store:
         started_at = datetime.now(UTC).isoformat()  # to the microsecond: two within a second are two
         versions = patience.until_possible(partial(champions, client, names))
-        with fetched_files(store.root) as directory:
-            steps: dict[str, RegressStep] = {}
-            failed: list[Outcome] = []
+        steps: dict[str, RegressStep] = {}
+        failed: list[Outcome] = []
+        with fetched_files(store.steps) as directory:
             for version in versions:
-                fetched = partial(regress_step, client, version, started_at, directory)
+                fetch = partial(regress_step, client, version, started_at, directory)
                 try:
-                    steps[label(version)] = patience.until_possible(fetched)
+                    steps[label(version)] = patience.until_possible(fetch)
                 except Exception as error:  # noqa: BLE001  one champion must not cost the others their verdicts
                     failed.append(model_failure("regress", label(version), error, store))
-            for outcome in failed:
-                listener.record(outcome)
-            outcomes = run_wanted(cluster, store, list(steps.values()), listener, patience)
-        errors = {outcome.model: outcome.error for outcome in (*failed, *outcomes) if outcome.error is not None}
-        verdicts = []
-        for version in versions:
-            reason = errors.get(label(version))
-            rows = () if reason else tuple(read_rows(store.path(steps[label(version)]), "regressions"))
-            verdicts.append(Verdict(version, rows, reason))
-            told = f"{verdicts[-1].summary} at {started_at}"
-            patience.until_possible(
-                partial(client.set_model_version_tag, version.name, str(version.version), VERDICT_TAG, told)
-            )
+                    listener.record(failed[-1])
+            run = StepsRun(cluster, store, list(steps.values()), listener, patience)
+            outcomes = run.then(lambda outcomes: [*failed, *outcomes])
         done = [store.path(step) for step in steps.values() if store.is_done(step)]
         table = store.root / "tables" / "regressions" / f"{started_at.replace(':', '')}.parquet"
-        collect(table, "regressions", [({}, path) for path in done])
+        patience.until_possible(partial(collect, table, "regressions", [({}, path) for path in done]))
+        errors = {outcome.model: outcome.error for outcome in outcomes if outcome.error is not None}
+        verdicts = []
+        for version in versions:
+            name, reason = label(version), errors.get(label(version))
+            rows = () if reason else tuple(read_rows(store.path(steps[name]), "regressions"))
+            verdict = ChampionVerdict(version, rows, reason)
+            try:
+                patience.until_possible(partial(tag_version, client, verdict, started_at))
+            except Exception as error:  # noqa: BLE001  as above
+                untagged = model_failure("regress", name, error, store)
+                listener.record(untagged)
+                verdict = replace(verdict, error=untagged.error)
+            verdicts.append(verdict)
         return verdicts
+
+
+def tag_version(client: MlflowClient, verdict: ChampionVerdict, started_at: str) -> None:
+    """Write the verdict on the version."""
+    version, told = verdict.version, f"{verdict.summary} at {started_at}"
+    client.set_model_version_tag(version.name, str(version.version), VERDICT_TAG, told)
 
 
 def label(version: ModelVersion) -> str:
@@ -101,9 +110,12 @@ def label(version: ModelVersion) -> str:
 
 
 @contextmanager
-def fetched_files(root: Path) -> Iterator[Path]:
-    """A directory on the work directory's storage, which all nodes share, for files from the registry."""
-    directory = root / f"registry-{uuid4().hex}"
+def fetched_files(steps: Path) -> Iterator[Path]:
+    """A directory on the work directory's storage, which all nodes share, for files from the registry.
+
+    It is scratch of the store: the next run removes what a dead one left.
+    """
+    directory = steps / f".registry-{uuid4().hex}"
     try:
         yield directory
     finally:

@@ -19,12 +19,13 @@ from pipeline.steps.graph import ModelSteps, calibrated_steps, decompose_steps, 
 from pipeline.steps.outcome import Listener, Outcome
 from pipeline.steps.ranks import ProbeStep
 from pipeline.steps.step import Step
+from pipeline.steps_run import StepsRun
 from pipeline.storage.artifacts import load_moments, load_probes, load_ranks, load_spectra
 from pipeline.storage.lease import held_store
 from pipeline.storage.store import Store
 from pipeline.waiting import Patience
 from pipeline.zoo.schema import Zoo
-from pipeline.zoo_run import plan_steps, run_wanted
+from pipeline.zoo_run import plan_steps
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,13 @@ def model_spectra(
         compared = [preset_probes(zoo, model) for model in models]
         wanted: list[Step] = [variant.schedule for model in models for variant in model.variants]
         wanted += [step for probes in compared for step in probes.values()]
-        outcomes = [*failed, *run_wanted(zoo.cluster, store, wanted, listener, patience)]
-        spectra = [model_spectrum(zoo, model, probes, store) for model, probes in zip(models, compared, strict=True)]
-        return spectra, [outcome for outcome in outcomes if outcome.status == "failed"]
+
+        def read(outcomes: list[Outcome]) -> tuple[list[ModelSpectrum], list[Outcome]]:
+            pairs = zip(models, compared, strict=True)
+            spectra = [model_spectrum(zoo, model, probes, store) for model, probes in pairs]
+            return spectra, [outcome for outcome in (*failed, *outcomes) if outcome.status == "failed"]
+
+        return StepsRun(zoo.cluster, store, wanted, listener, patience).then(read)
 
 
 def preset_probes(zoo: Zoo, model: ModelSteps) -> dict[str, ProbeStep]:

@@ -11,10 +11,17 @@ from requests import ConnectionError as NoConnection
 from requests import Timeout
 from tenacity import RetryCallState, Retrying, wait_exponential
 
+from lorc_core.errors import first_line
+
 T = TypeVar("T")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 # How the libraries that write in Rust and C++ tell of a full disk: without its number.
 FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded", "database or disk is full")
+# Of a database's operational errors those that pass; others are of a missing table, say.
+LOCKED_WORDS = ("is locked", "connect", "timeout", "timed out")
+# MLflow's names of what its server, or a proxy before it, answers for the moment.
+PASSING_CODES = ("TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
+PASSING_ANSWERS = ("error code 502", "error code 503", "error code 504")
 LONGEST_PAUSE_S = 30
 
 
@@ -47,7 +54,9 @@ class Patience:
         def in_the_way(state: RetryCallState) -> str | None:
             assert state.outcome is not None
             error = state.outcome.exception()
-            return obstacle(state.outcome.result()) if error is None else passing_obstacle(error)
+            if error is None:
+                return obstacle(state.outcome.result())
+            return passing_obstacle(error) if isinstance(error, Exception) else None  # Ctrl-C is none
 
         def before_sleep(state: RetryCallState) -> None:
             assert state.next_action is not None
@@ -67,15 +76,16 @@ class Patience:
 def passing_obstacle(error: BaseException) -> str | None:
     """What is in the way, of an error that may pass by itself; None of any other."""
     for link in causes(error):
-        lines = str(link).strip().splitlines() or [type(link).__name__]
-        full = isinstance(link, OSError) and link.errno in FULL_DISK
-        if full or any(words in str(link) for words in FULL_DISK_WORDS):
-            return f"the disk is full ({lines[0]})"
-        if isinstance(link, NoConnection | Timeout):
-            return f"MLflow does not answer ({lines[0]})"
+        told = str(link)
+        line = first_line(link)
+        if (isinstance(link, OSError) and link.errno in FULL_DISK) or any(words in told for words in FULL_DISK_WORDS):
+            return f"the disk is full ({line})"
+        if isinstance(link, NoConnection | Timeout) or any(words in told for words in PASSING_ANSWERS):
+            return f"MLflow does not answer ({line})"
         of_database = any(base.__name__ == "OperationalError" for base in type(link).__mro__)  # any driver's
-        if of_database or getattr(link, "error_code", None) == "TEMPORARILY_UNAVAILABLE":  # MLflow's word for the same
-            return f"MLflow's database is not available ({lines[0]})"
+        passes = of_database and any(words in told for words in LOCKED_WORDS)
+        if passes or getattr(link, "error_code", None) in PASSING_CODES:
+            return f"MLflow's database is not available ({line})"
     return None
 
 

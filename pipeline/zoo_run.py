@@ -6,20 +6,19 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from lorc_core.manifest import DamagedArtifactError
 from pipeline.candidates import choose_candidates
 from pipeline.registry.tracking import default_tracking_uri
 from pipeline.steps.failures import model_failure
 from pipeline.steps.graph import ModelSteps, model_steps
-from pipeline.steps.outcome import Listener, Milestone, Outcome, cached_outcomes
-from pipeline.steps.step import Step, distinct
+from pipeline.steps.outcome import Listener, Outcome
+from pipeline.steps.step import Step
+from pipeline.steps_run import StepsRun, first_obstacle
 from pipeline.storage.lease import held_store
 from pipeline.storage.store import Store
 from pipeline.storage.tables import TableName, collect, replace_table, rows_table
 from pipeline.waiting import Patience
 from pipeline.zoo.models import resolve
 from pipeline.zoo.schema import Zoo
-from pipeline.zoo.sections import Cluster
 
 Until = Literal["compress", "evaluate", "register"]
 Part = tuple[dict[str, str], Step]  # of a table: the labels of its rows, and the step that writes them
@@ -92,20 +91,16 @@ def run_zoo(zoo: Zoo, workdir: Path, *, until: Until = "register", listener: Lis
     patience = Patience(zoo.cluster.wait_s, listener.note)
     with held_store(workdir) as store:
         models, failed = plan_steps(zoo, store, listener, patience)
-        while True:
-            try:
-                outcomes = run_wanted(zoo.cluster, store, wanted_steps(models, until), listener, patience)
-                run = ZooRun(zoo, store, tuple(models), (*failed, *outcomes))
-                if until == "register":
-                    unchosen = choose(run, listener, patience)
-                    run = replace(run, outcomes=(*run.outcomes, *unchosen))
-                listener.phase("writing the tables")
-                patience.until_possible(partial(write_tables, run))
-                return run
-            except DamagedArtifactError as damage:
-                if damage.directory.parent != store.steps:
-                    raise
-                put_aside(store, damage.directory.name, listener)
+
+        def finish(outcomes: list[Outcome]) -> ZooRun:
+            run = ZooRun(zoo, store, tuple(models), (*failed, *outcomes))
+            if until == "register":
+                run = replace(run, outcomes=(*run.outcomes, *choose(run, listener, patience)))
+            listener.phase("writing the tables")
+            patience.until_possible(partial(write_tables, run))
+            return run
+
+        return StepsRun(zoo.cluster, store, wanted_steps(models, until), listener, patience).then(finish)
 
 
 def choose(run: ZooRun, listener: Listener, patience: Patience) -> list[Outcome]:
@@ -116,75 +111,6 @@ def choose(run: ZooRun, listener: Listener, patience: Patience) -> list[Outcome]
     for outcome in failed:
         listener.record(outcome)
     return failed
-
-
-def put_aside(store: Store, key: str, listener: Listener) -> None:
-    """Make room for an artifact that must be made again, and say so."""
-    listener.note(f"{key} was damaged; it is now {store.put_aside(key)} and is made again")
-
-
-def first_obstacle(outcomes: Sequence[Outcome]) -> str | None:
-    """What may pass by itself of what was in the way."""
-    return next((outcome.obstacle for outcome in outcomes if outcome.obstacle is not None), None)
-
-
-def run_wanted(
-    cluster: Cluster, store: Store, wanted: Sequence[Step], listener: Listener, patience: Patience
-) -> list[Outcome]:
-    """Run steps, and all they need, that are not done yet; returns the outcomes of all.
-
-    What fails is run again where the cause was a damaged artifact, made anew meanwhile, or may pass by itself.
-    """
-    steps = distinct(wanted)
-    listener.plan(steps)
-    told = Told(listener)
-    attempt = partial(run_once, cluster, store, steps, told)
-    while True:
-        outcomes = patience.until_possible(attempt, first_obstacle)
-        damaged = {outcome.damaged for outcome in outcomes if outcome.damaged is not None}
-        if not damaged:
-            told.finally_record(outcomes)
-            return outcomes
-        for key in damaged:
-            put_aside(store, key, listener)
-
-
-def run_once(cluster: Cluster, store: Store, steps: Sequence[Step], listener: Listener) -> list[Outcome]:
-    """Run the steps that are not done; returns the outcomes of all."""
-    done = cached_outcomes(steps, store)
-    for outcome in done.values():
-        listener.record(outcome)
-    left = [step for step in steps if step.key not in done]
-    if not left:
-        return list(done.values())
-    from pipeline.steps.runner import run_steps
-
-    return [*done.values(), *run_steps(left, done, store, cluster, listener)]
-
-
-class Told(Listener):
-    """Passes on one outcome for each step, its last: one after which the step is run again is kept back."""
-
-    def __init__(self, listener: Listener) -> None:
-        self.listener = listener
-        self.keys: set[str] = set()
-
-    def advance(self, reached: Milestone) -> None:
-        self.listener.advance(reached)
-
-    def phase(self, what: str) -> None:
-        self.listener.phase(what)
-
-    def record(self, outcome: Outcome) -> None:
-        if outcome.is_final:
-            self.finally_record([outcome])
-
-    def finally_record(self, outcomes: Sequence[Outcome]) -> None:
-        """Pass on those of steps that had none yet."""
-        for outcome in outcomes:
-            if outcome.key not in self.keys:
-                self.keys.add(outcome.key)
-                self.listener.record(outcome)
 
 
 def write_tables(run: ZooRun) -> None:

@@ -73,7 +73,7 @@ class CalibratedModel:
             def count(*_: object) -> None:
                 bar.update()
 
-            counter = self.model.base_model.register_forward_hook(count)
+            counter = self.model.get_decoder().register_forward_hook(count)  # OPT's model calls it past its base model
             try:
                 yield
             finally:

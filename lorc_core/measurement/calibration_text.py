@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lorc_core.errors import ArtifactError, ConfigError
+from lorc_core.errors import ArtifactError, ConfigError, first_line
 from lorc_core.model.architecture import architecture_of
 
 MAX_WINDOW_TOKENS = 2048
@@ -50,10 +50,16 @@ def calibration_text(calibration: Calibration, model: PreTrainedModel, max_token
         return windows_of_texts([read_text(calibration)], f"calibration text {calibration}", model, max_tokens)
     if is_texts(calibration):
         return windows_of_texts(calibration, "calibration texts", model, max_tokens)
-    sequences = torch.as_tensor(calibration)
-    if sequences.ndim != 2 or sequences.dtype.is_floating_point:
+    try:
+        sequences = torch.as_tensor(calibration)
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(
-            f"calibration must be token ids (sequences, tokens), got {tuple(sequences.shape)} {sequences.dtype}"
+            f"calibration must be token ids (sequences, tokens), all as long: {first_line(error)}"
+        ) from error
+    shape = tuple(sequences.shape)
+    if len(shape) != 2 or shape[0] < 1 or shape[1] < 2 or sequences.dtype.is_floating_point:
+        raise ConfigError(
+            f"calibration must be token ids (sequences, tokens), 2 tokens or more, got {shape} {sequences.dtype}"
         )
     check_vocabulary(sequences, model, "calibration")
     return CalibrationText(sequences.long(), is_beginning=False)
@@ -131,5 +137,5 @@ def load_tokenizer(model_dir: Path | str, *, trust_remote_code: bool = False) ->
     try:
         return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ArtifactError(f"{model_dir}: the tokenizer cannot be loaded: {reason}") from error

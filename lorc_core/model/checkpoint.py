@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from lorc_core.errors import ArtifactError, ConfigError
+from lorc_core.errors import ArtifactError, ConfigError, first_line
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -136,7 +136,7 @@ def read_config(source: Path | str, **kwargs: bool | str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(source, **kwargs)
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError, StrictDataclassError) as error:
-        raise ArtifactError(f"{source}: config cannot be read: {str(error).splitlines()[0]}") from error
+        raise ArtifactError(f"{source}: config cannot be read: {first_line(error)}") from error
 
 
 def is_hub_id(model: Path | str) -> bool:
@@ -156,7 +156,12 @@ def find_model(model: Path | str) -> Path:
     Raises:
         ConfigError: There is no such directory, and no such hub model.
     """
-    return model_directory(str(model) if is_hub_id(model) else str(Path(model).expanduser().resolve()), None)
+    if is_hub_id(model):
+        return model_directory(str(model), None)
+    try:
+        return model_directory(str(Path(model).expanduser().resolve()), None)
+    except RuntimeError as error:  # of a user that there is not
+        raise ConfigError(f"model directory {model}: {first_line(error)}") from error
 
 
 def check_directory(directory: Path) -> None:
@@ -185,8 +190,7 @@ def model_directory(source: str, revision: str | None, *, fetch_missing: bool = 
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
-            f"hub model {source} could not be fetched ({str(error).splitlines()[0]}); "
-            f"a local directory is written ./{source}"
+            f"hub model {source} could not be fetched ({first_line(error)}); a local directory is written ./{source}"
         ) from error
     return Path(snapshot)
 

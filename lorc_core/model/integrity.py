@@ -4,6 +4,7 @@ transformers fills what is missing with random numbers and goes on; a model like
 files' headers are read, and the model is built without memory, so a checkpoint of 140 GB takes as long as a small one.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from lorc_core.errors import ArtifactError, UnsupportedModelError
+from lorc_core.errors import ArtifactError, UnsupportedModelError, first_line
 from lorc_core.model.checkpoint import Checkpoint, read_config
 from lorc_core.model.sizes import check_sizes
 
@@ -22,13 +23,14 @@ WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float1
 BUILDING_ERRORS = (
     ArithmeticError,
     AttributeError,
-    ImportError,
     IndexError,
     KeyError,
     RuntimeError,
     TypeError,
     ValueError,
 )
+# Masks and their constants, which GPT-2's relatives once saved as if they were weights.
+OLD_BUFFERS = re.compile(r"\.attn(\.attention)?\.(masked_)?bias$")
 MAX_NAMED = 3  # tensors that an error names
 
 
@@ -38,6 +40,9 @@ def check_model(directory: Path, *, trust_remote_code: bool = False) -> Checkpoi
     Args:
         directory: Holds config and safetensors.
         trust_remote_code: Whether the model's own code may be run.
+
+    Raises:
+        LorcError: As `Checkpoint`, `check_sizes` and `check_checkpoint` do.
     """
     checkpoint, config = Checkpoint(directory), read_config(directory, trust_remote_code=trust_remote_code)
     check_sizes(config)
@@ -50,7 +55,7 @@ def check_checkpoint(checkpoint: Checkpoint, config: PreTrainedConfig, *, trust_
 
     Args:
         checkpoint: Its headers are read, no tensor is.
-        config: Of the model; its sizes were checked by `architecture_of`.
+        config: Of the model; its sizes were checked, see `check_sizes`.
         trust_remote_code: Whether the model's own code may be run.
 
     Raises:
@@ -70,7 +75,7 @@ def check_checkpoint(checkpoint: Checkpoint, config: PreTrainedConfig, *, trust_
         if entry["dtype"] in WEIGHT_DTYPES
     }
     problems = loading_problems(
-        causal_model_class(config, trust_remote_code=trust_remote_code), config, empty, checkpoint
+        causal_model_class(checkpoint.directory, config, trust_remote_code=trust_remote_code), config, empty, checkpoint
     )
     missing = problems["missing_keys"]
     if not_floats := sorted(missing & (stored.keys() - empty.keys())):
@@ -86,7 +91,7 @@ def check_checkpoint(checkpoint: Checkpoint, config: PreTrainedConfig, *, trust_
         raise ArtifactError(
             f"{checkpoint.directory}: tensor {name} is {tuple(shape)}, the config's model has {tuple(expected)}"
         )
-    if unexpected := problems["unexpected_keys"]:
+    if unexpected := [name for name in problems["unexpected_keys"] if not OLD_BUFFERS.search(name)]:
         raise ArtifactError(f"{checkpoint.directory}: {named(unexpected)} unexpected: the config's model has no such")
 
 
@@ -98,7 +103,7 @@ def loading_problems(
 ) -> dict[str, set[Any]]:
     """What transformers itself finds wrong when it loads tensors of these names and shapes, none of which has memory.
 
-    Its own renaming, tied weights and buffers that older checkpoints carry are thereby taken into account.
+    Its own renaming and tied weights are thereby taken into account.
     """
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # its report of the same problems
@@ -114,10 +119,7 @@ def loading_problems(
                 output_loading_info=True,
             )
     except BUILDING_ERRORS as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise ArtifactError(
-            f"{checkpoint.directory / 'config.json'}: no model can be built from it ({type(error).__name__}: {reason})"
-        ) from error
+        raise unbuildable(checkpoint.directory, error) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
@@ -125,13 +127,22 @@ def loading_problems(
     return loaded[1]
 
 
-def causal_model_class(config: PreTrainedConfig, *, trust_remote_code: bool) -> type[PreTrainedModel]:
+def causal_model_class(directory: Path, config: PreTrainedConfig, *, trust_remote_code: bool) -> type[PreTrainedModel]:
     """The class that `AutoModelForCausalLM` would take; the model's own where its code may be run."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         return known
-    with torch.device("meta"):
-        return type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    try:
+        with torch.device("meta"):
+            return type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    except BUILDING_ERRORS as error:
+        raise unbuildable(directory, error) from error
+
+
+def unbuildable(directory: Path, error: Exception) -> ArtifactError:
+    """What to raise where transformers cannot build a model from a directory's config."""
+    told = f"{type(error).__name__}: {first_line(error)}"
+    return ArtifactError(f"{directory / 'config.json'}: no model can be built from it ({told})")
 
 
 def named(tensors: Iterable[str]) -> str:

@@ -92,7 +92,7 @@ def exported_tensors(plan: Plan, full_name: str) -> dict[str, Tensor]:
         is_bias = full_name == plan.bias_name(place)
         constant = None
         if place in plan.folded:
-            new = folded(plan, place)
+            new = folded_projection(plan, place)
             constant = new.constant
             tensor = new.weight if not is_bias or new.bias is None else new.bias
         if not is_bias:  # the factors are written once, with the weight
@@ -101,7 +101,7 @@ def exported_tensors(plan: Plan, full_name: str) -> dict[str, Tensor]:
     return factors_beside | {full_name: tensor.contiguous()}
 
 
-def folded(plan: Plan, place: LayerKind) -> Folded:
+def folded_projection(plan: Plan, place: LayerKind) -> Folded:
     """A projection after its down-projection."""
     weight, bias_name = plan.read(plan.weight_name(place)), plan.bias_name(place)
     return fold(weight, plan.checkpoint.read(bias_name) if bias_name else None, plan.factors(place))

@@ -144,7 +144,7 @@ class PlainLayer:
             folds |= {"q": self.keys.fold_queries, "k": self.keys.fold_down}
         parts: tuple[Part, ...] = ("weight", "bias") if self.plan.variant.architecture.bias else ("weight",)
         changes: dict[str, Change] = {
-            self.name(projection, part): partial(folded, self.name(projection, part), fold)
+            self.name(projection, part): partial(folded_tensor, self.name(projection, part), fold)
             for projection, fold in folds.items()
             for part in parts
         }
@@ -189,6 +189,6 @@ class PlainLayer:
         return self.values.fold_down(mean - bias) + self.values.fold_down(bias).to(dtype).double()
 
 
-def folded(full_name: str, fold: Callable[[Tensor], Tensor], tensor: Float[Tensor, "n *i"]) -> dict[str, Tensor]:
+def folded_tensor(full_name: str, fold: Callable[[Tensor], Tensor], tensor: Float[Tensor, "n *i"]) -> dict[str, Tensor]:
     """A projection's weight or bias after a fold; computed in float64, kept in the tensor's dtype."""
     return {full_name: fold(tensor.double()).to(tensor.dtype)}

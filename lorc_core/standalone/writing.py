@@ -32,7 +32,8 @@ def new_checkpoint(base: Checkpoint, directory: Path) -> Iterator[Path]:
         yield Path(scratch)
         for pattern in COPIED:
             for file in base.directory.glob(pattern):
-                shutil.copy(file, scratch)
+                if file.is_file():
+                    shutil.copy(file, scratch)
         directory.mkdir(exist_ok=True)
         for file in sorted(Path(scratch).iterdir(), key=lambda path: path.name == "config.json"):  # config last
             file.rename(directory / file.name)

@@ -6,6 +6,7 @@ tokens it was scored on, and the variant itself as a pyfunc model, registered by
 
 import json
 import shutil
+import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,13 +28,15 @@ from pipeline.storage.artifacts import WINDOWS_FILE
 from pipeline.storage.tables import read_rows
 
 BASELINE_TAG = "lorc.baseline"  # of a parent run: its evaluation
-EVALUATION_TAG = "lorc.evaluation"  # of a child run: its evaluation and label
+EVALUATION_TAG = "lorc.evaluation"  # of a child run: its model, evaluation and label
+WORKDIR_TAG = "lorc.workdir"  # of a child run: the host and work directory of the run that made it
 
 
 def register_variant(
     *,
     tracking_uri: str,
     artifact_root: str | None,
+    workdir: Path,
     experiment: str,
     model_name: str,
     label: str,
@@ -64,7 +67,8 @@ def register_variant(
     }
     tags = {
         MLFLOW_PARENT_RUN_ID: parent.info.run_id,
-        EVALUATION_TAG: f"{evaluation.name} {label}",
+        EVALUATION_TAG: f"{model_name} {evaluation.name} {label}",
+        WORKDIR_TAG: f"{socket.gethostname()}:{workdir}",
         DETAILS_TAG: json.dumps(details, sort_keys=True),
     }
     if (earlier := registered_before(client, experiment_id, tags)) is not None:
@@ -87,13 +91,14 @@ def find_experiment(client: MlflowClient, name: str, artifact_root: str | None) 
 
 
 def registered_before(client: MlflowClient, experiment_id: str, tags: dict[str, str]) -> ModelVersion | None:
-    """The version that an interrupted step made of the same evaluation; runs that came to no version are deleted."""
+    """The version that was made of the same evaluation; this work directory's runs that came to none are deleted."""
     for run in client.search_runs([experiment_id], f"tags.`{EVALUATION_TAG}` = '{tags[EVALUATION_TAG]}'"):
         if run.data.tags.get(DETAILS_TAG) != tags[DETAILS_TAG]:
             continue
         if versions := client.search_model_versions(f"run_id='{run.info.run_id}'"):
             return versions[0]
-        client.delete_run(run.info.run_id)
+        if run.data.tags.get(WORKDIR_TAG) == tags[WORKDIR_TAG]:  # else another's, which may be at it
+            client.delete_run(run.info.run_id)
     return None
 
 

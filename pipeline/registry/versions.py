@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from lorc_core.errors import ArtifactError, ConfigError
+from lorc_core.errors import ArtifactError, ConfigError, first_line
 from pipeline.zoo.sections import REGRESSION_TOLERANCE, Gates
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -86,7 +86,7 @@ def fetch_files(client: MlflowClient, registered: Registered, destination: Path)
         )
     except (MlflowException, OSError) as error:
         version = registered.version
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ArtifactError(f"{version.name}/{version.version}: its files cannot be fetched: {reason}") from error
     return variant, evaluation
 

@@ -3,7 +3,7 @@
 import traceback
 from pathlib import Path
 
-from lorc_core.errors import LorcError
+from lorc_core.errors import LorcError, first_line
 from lorc_core.manifest import DamagedArtifactError
 from pipeline.steps.outcome import Outcome
 from pipeline.steps.step import Step
@@ -44,5 +44,4 @@ def logged_failure(error: Exception, log: Path) -> str:
         return str(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported to say so
         return f"out of device memory; lower the batch_size or give more GPUs ({where})"
-    first_line = (str(error).strip().splitlines() or [""])[0][:LONGEST]
-    return f"{type(error).__name__}: {first_line} ({where})"
+    return f"{type(error).__name__}: {first_line(error)[:LONGEST]} ({where})"

@@ -85,8 +85,3 @@ class Listener:
 
     def note(self, line: str) -> None:
         """What happened that its user should know of, an artifact that was damaged say."""
-
-
-def cached_outcomes(steps: Sequence[Step], store: Store) -> dict[str, Outcome]:
-    """Outcomes by key of the steps whose artifacts are finished."""
-    return {step.key: Outcome.done(step, store, "cached") for step in steps if store.is_done(step)}

@@ -20,13 +20,14 @@ import grpc
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
-from lorc_core.errors import ConfigError
+from lorc_core.errors import ConfigError, first_line
 from pipeline.steps.outcome import Listener, Milestone, Outcome
 from pipeline.steps.step import Need, Step
 from pipeline.storage.store import Store
 from pipeline.zoo.sections import Cluster
 
 ANSWER_S = 10  # that a Ray cluster may take to answer
+LOOK_S = 30  # after which a run that hears nothing looks whether its steps can still run
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,10 @@ def connected(address: str | None, listener: Listener) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     listener.phase("starting Ray" if address == "local" else f"connecting to Ray at {address}")
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise ConfigError(f"no Ray cluster at {address}: {first_line(error)}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler would end the process past everyone
     try:
@@ -149,6 +153,7 @@ class Work:
     outcomes: dict[str, Outcome]
     waiting: list[Batch]
     running: dict[Any, list[Step]] = field(default_factory=dict)  # by their task's stream of outcomes
+    blocked: Outcome | None = None  # of a step in this process, which what may pass was in the way of
 
     def finish(self) -> None:
         """Submit each batch when its inputs have outcomes, and record outcomes as they come, until none is left."""
@@ -170,14 +175,23 @@ class Work:
         if not runnable:
             return
         if batch.need is None:
-            from pipeline.steps.work import run_group
-
-            for told in run_group(runnable, self.store):
-                self.record(told)
+            self.run_here(runnable)
         elif lack := what_lacks(batch.need):
             self.fail(runnable, lack)
         else:
             self.running[self.submit(runnable, batch.need)] = runnable
+
+    def run_here(self, steps: Sequence[Step]) -> None:
+        """Run steps in this process; once one was blocked, each other would wait as long for the same."""
+        if self.blocked is not None:
+            self.fail(steps, self.blocked.error or "", self.blocked.obstacle)
+            return
+        from pipeline.steps.work import run_group
+
+        for told in run_group(steps, self.store):
+            self.record(told)
+            if isinstance(told, Outcome) and told.obstacle is not None:
+                self.blocked = told
 
     def skip_broken(self, batch: Batch) -> list[Step]:
         """Record the steps whose inputs failed as skipped, naming the cause; return the others."""
@@ -203,7 +217,9 @@ class Work:
 
     def receive(self) -> None:
         """Wait for the next outcome of any running task and record it; drop tasks that have ended."""
-        ready, _ = ray.wait(list(self.running), num_returns=1)
+        ready, _ = ray.wait(list(self.running), num_returns=1, timeout=LOOK_S)
+        if not ready:
+            self.fail_impossible()
         stream: Any
         for stream in ready:
             try:
@@ -213,16 +229,27 @@ class Work:
                 # A retried task's stream starts where the lost one's was read to: its outcomes may be past the end.
                 for step in self.running.pop(stream):
                     if step.key not in self.outcomes:
-                        untold = Outcome.failed(step, "its worker was lost and the retry told nothing of it")
+                        log = self.store.log(step.key)
+                        where = f" (trace in {log})" if log.is_file() else ""
+                        untold = Outcome.failed(step, f"its worker was lost and the retry told nothing of it{where}")
                         self.record(Outcome.done(step, self.store) if self.store.is_done(step) else untold)
             except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
                 lost = [step for step in self.running.pop(stream) if step.key not in self.outcomes]
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
                 self.fail(lost, f"its worker was lost {self.lost_worker_retries + 1} times: {reason}")
 
-    def fail(self, steps: Sequence[Step], error: str) -> None:
+    def fail_impossible(self) -> None:
+        """Record the steps as failed that no node can run any more: Ray would run them again, and wait for ever."""
+        for stream, steps in list(self.running.items()):
+            assert steps[0].need is not None
+            if lack := what_lacks(steps[0].need):
+                ray.cancel(stream, force=True)
+                lost = [step for step in self.running.pop(stream) if step.key not in self.outcomes]
+                self.fail(lost, f"the node that ran it was lost, and {lack}")
+
+    def fail(self, steps: Sequence[Step], error: str, obstacle: str | None = None) -> None:
         for step in steps:
-            self.record(Outcome.failed(step, error))
+            self.record(Outcome.failed(step, error, obstacle=obstacle))
 
     def record(self, told: Outcome | Milestone) -> None:
         """Note an outcome; tell what came."""

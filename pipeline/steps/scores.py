@@ -98,6 +98,7 @@ class RegisterStep(FileStep):
         version = register_variant(
             tracking_uri=self.tracking_uri,
             artifact_root=artifact_root(self.tracking_uri, store),
+            workdir=store.root,
             experiment=self.experiment,
             model_name=self.model_name,
             label=self.label,

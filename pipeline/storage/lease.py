@@ -1,9 +1,10 @@
 """One run at a time in a work directory: a lease with a heartbeat, which expires when its holder is gone.
 
 A file made exclusively says who holds the directory; its time stamp is renewed while the run goes on. A holder on this
-machine that is no longer there loses the lease at once, one elsewhere when its heartbeat is `EXPIRES_S` old.
+machine loses the lease when its process is gone, one elsewhere when its heartbeat is `EXPIRES_S` old.
 """
 
+import _thread
 import json
 import os
 import socket
@@ -11,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -45,11 +46,10 @@ class Holder:
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
-    @property
-    def is_gone(self) -> bool:
-        """Whether it ran on this machine and runs no more; a new process may have its number."""
+    def is_gone(self, age_s: float) -> bool:
+        """Whether it runs no more. Of another machine its heartbeat tells; here its number may be a new process's."""
         if self.host != socket.gethostname():
-            return False
+            return age_s >= EXPIRES_S
         try:
             return abs(psutil.Process(self.pid).create_time() - self.process_started) > 1
         except psutil.NoSuchProcess:
@@ -80,20 +80,27 @@ def lease(root: Path) -> Iterator[None]:
         root: The work directory, which is there.
 
     Raises:
-        ConfigError: Another run holds it; the message names its process and host.
+        ConfigError: Another run holds it, or took it over while this process did not run; the message names its process
+            and host.
     """
     path, holder = root / LEASE_FILE, Holder.this_process()
     while not created(path, holder):
         take_over_expired(path)
     stopped = threading.Event()
-    heartbeat = threading.Thread(target=renew, args=(path, stopped), daemon=True)
+    heartbeat = threading.Thread(target=renew, args=(path, holder, stopped), daemon=True)
     heartbeat.start()
     try:
         yield
+    except KeyboardInterrupt:
+        if (other := read_holder(path)) not in (holder, None):
+            raise ConfigError(
+                f"work directory {root} was taken over by {other} while this process stood still"
+            ) from None
+        raise
     finally:
         stopped.set()
         heartbeat.join()
-        if read_holder(path) == holder:  # else it was taken over while this process slept
+        if read_holder(path) == holder:
             path.unlink(missing_ok=True)
 
 
@@ -116,7 +123,7 @@ def take_over_expired(path: Path) -> None:
         age_s = now_on(path.parent) - path.stat().st_mtime
     except FileNotFoundError:  # given back meanwhile
         return
-    if holder is not None and not holder.is_gone and age_s < EXPIRES_S:
+    if holder is not None and not holder.is_gone(age_s):
         raise ConfigError(
             f"work directory {path.parent} is in use by {holder} (heartbeat {max(age_s, 0):.0f} s ago); wait for it, "
             "or take another --workdir"
@@ -127,7 +134,8 @@ def take_over_expired(path: Path) -> None:
     except FileNotFoundError:  # another process was faster
         return
     if read_holder(aside) != holder:  # a lease made between the look and the rename: give it back
-        os.link(aside, path)
+        with suppress(FileExistsError):  # a third was faster; who lost its lease sees so at its next heartbeat
+            os.link(aside, path)
     aside.unlink()
 
 
@@ -139,13 +147,14 @@ def read_holder(path: Path) -> Holder | None:
         return None
 
 
-def renew(path: Path, stopped: threading.Event) -> None:
-    """The heartbeat."""
+def renew(path: Path, holder: Holder, stopped: threading.Event) -> None:
+    """The heartbeat; it stops the main thread where the lease is another's."""
     while not stopped.wait(HEARTBEAT_S):
-        try:
+        with suppress(OSError):  # of storage that is away for a moment
+            if read_holder(path) not in (holder, None):
+                _thread.interrupt_main()
+                return
             os.utime(path)
-        except FileNotFoundError:
-            return
 
 
 def now_on(directory: Path) -> float:

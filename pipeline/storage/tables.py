@@ -128,6 +128,8 @@ def collect(path: Path, name: TableName, parts: Iterable[tuple[dict[str, str], P
         tables.append(table)
     if tables:
         replace_table(path, pa.concat_tables(tables))
+    else:
+        path.unlink(missing_ok=True)  # what an earlier run wrote of what this zoo file no longer asks for
 
 
 def replace_table(path: Path, table: pa.Table) -> None:

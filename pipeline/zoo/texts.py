@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
-from lorc_core.errors import ArtifactError, ConfigError
+from lorc_core.errors import ArtifactError, ConfigError, first_line
 from lorc_core.manifest import file_sha256
 from lorc_core.model.checkpoint import TOKENIZER_FILES
 from pipeline.zoo.sections import TEXT_FORMATS, DocumentMarks
@@ -122,7 +122,7 @@ def load_rows(text: Text, cache_dir: Path) -> list[str]:
 def one_line(error: BaseException) -> str:
     """The first line of an error or, where it only wraps another, of that one."""
     cause = error.__cause__ or error
-    return (str(cause).splitlines() or [type(cause).__name__])[0]
+    return first_line(cause)
 
 
 def token_stream(

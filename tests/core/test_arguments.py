@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import lorc_core
 from lorc_core.errors import ConfigError
@@ -112,6 +113,21 @@ def test_a_model_that_is_nowhere_is_refused_with_both_ways_to_name_one(hub):
     for missing in ("./owner/other", "a/b/c", "x" * 5000, Path("owner/name")):
         with pytest.raises(ConfigError, match=r"model directory .* does not exist"):
             lorc_core.compress(missing)
+
+
+def test_a_model_loaded_by_a_relative_path_is_found_again_from_elsewhere(hub, tmp_path, save_tiny, monkeypatch):
+    Path("owner").mkdir()
+    save_tiny("llama").rename("owner/name")
+    variant = lorc_core.compress(AutoModelForCausalLM.from_pretrained("owner/name"))
+    assert variant.base.source == str(tmp_path / "owner" / "name")
+    variant.save(tmp_path / "variant")
+    monkeypatch.chdir("/")
+    lorc_core.load(tmp_path / "variant")
+
+
+def test_a_home_directory_that_there_is_not_is_refused():
+    with pytest.raises(ConfigError, match=r"model directory ~no-such-user/model: "):
+        lorc_core.compress("~no-such-user/model")
 
 
 def test_a_loaded_model_needs_no_directory():

@@ -53,6 +53,13 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(artifact):
         check_manifest(artifact)
 
 
+def test_what_a_killed_save_left_is_no_part_of_the_next(artifact):
+    (artifact / f"{MANIFEST_FILE}.partial").write_text("{")
+    write_manifest(artifact)
+    check_manifest(artifact)
+    assert json.loads((artifact / MANIFEST_FILE).read_text()).keys() == {"scores", "layer"}
+
+
 def test_an_unfinished_artifact_is_no_damaged_one(tmp_path):
     (tmp_path / "layer").write_bytes(b"")
     with pytest.raises(ArtifactError, match=r"no manifest\.json") as unfinished:

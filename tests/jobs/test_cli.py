@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from jobs.cli import main
@@ -126,7 +127,7 @@ def test_regress_passes_then_sees_a_fall_then_an_altered_file(finished, registry
 
     shutil.copytree(keep, registered)
     assert lorc("regress", "small-llama", "--workdir", workdir)[0] == 0
-    assert not list(workdir.glob("registry-*"))
+    assert not list(workdir.glob("steps/.registry-*"))
 
 
 def worse_factors(directory, seed=0):
@@ -248,15 +249,15 @@ def test_export_says_what_it_cannot_fold(lorc, tmp_path):
 def test_export_refuses_with_one_line(lorc, variant_dir, tmp_path):
     save_tiny_model("llama", tmp_path / "other", seed=1)
     cases = [
-        ((tmp_path / "base", tmp_path / "new"), "a directory without lorc_config.json is no variant"),
-        ((tmp_path / "nowhere", tmp_path / "new"), "does not exist"),
-        ((variant_dir, tmp_path / "base"), "exists and is not empty; name a new directory"),
-        ((variant_dir, tmp_path / "new", "--base", tmp_path / "nowhere"), "does not exist"),
-        ((variant_dir, tmp_path / "new", "--base", tmp_path / "other"), "not the base model this variant was made for"),
+        (2, (tmp_path / "base", tmp_path / "new"), "a directory without lorc_config.json is no variant"),
+        (2, (tmp_path / "nowhere", tmp_path / "new"), "does not exist"),
+        (2, (variant_dir, tmp_path / "base"), "exists and is not empty; name a new directory"),
+        (2, (variant_dir, tmp_path / "new", "--base", tmp_path / "nowhere"), "does not exist"),
+        (1, (variant_dir, tmp_path / "new", "--base", tmp_path / "other"), "not the base model this variant was made"),
     ]
-    for arguments, message in cases:
+    for expected, arguments, message in cases:
         code, out, err = lorc("export", *arguments, "--workdir", tmp_path)
-        assert (code, out) == (2, "")
+        assert (code, out) == (expected, "")
         assert message in err
         assert len(err.splitlines()) == 1
         assert not (tmp_path / "new").exists()
@@ -388,3 +389,40 @@ def test_spectrum_without_calibration_shows_what_weights_say(finished, lorc):
     assert code == 0
     assert "small-llama, lorc: 128 floats" in out
     assert "gap" not in out
+
+
+@pytest.fixture
+def without_up_proj(finished):
+    """A model of the finished zoo whose checkpoint lost a tensor after its variants were registered."""
+    weights = finished[0].parent / "small-llama" / "model.safetensors"
+    whole, tensors = weights.read_bytes(), load_file(weights)
+    name = "model.layers.1.mlp.up_proj.weight"
+    del tensors[name]
+    save_file(tensors, weights, {"format": "pt"})
+    yield f"tensor {name} is missing"
+    weights.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "ZOO"),
+        ("evaluate", "ZOO"),
+        ("generate", "small-llama/1", "import os"),
+        ("export", "small-llama/1", "EXPORTED"),
+        ("regress", "small-llama"),
+    ],
+)
+def test_every_command_names_a_tensor_that_a_checkpoint_lost(finished, lorc, without_up_proj, command, tmp_path):
+    zoo_file, workdir, _ = finished
+    if command[0] == "regress":
+        assert lorc("promote", "small-llama", "--workdir", workdir)[0] == 0
+    zoo = yaml.safe_load(zoo_file.read_text()) | {"name": "holed"}
+    holed = zoo_file.with_name("holed.yaml")
+    holed.write_text(yaml.safe_dump(zoo | {"models": zoo["models"][:1]}))
+    places = {"ZOO": holed, "EXPORTED": tmp_path / "exported"}
+    place = tmp_path / "work" if "ZOO" in command else workdir
+    code, out, err = lorc(*(places.get(word, word) for word in command), "--workdir", place)
+    assert code == 1
+    assert "".join(without_up_proj.split()) in "".join((out + err).split())  # lines are broken anywhere
+    assert "Traceback" not in out + err

@@ -70,7 +70,12 @@ def write_zoo(directory):
 def started(zoo_file, work, address, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", address)
     command = [sys.executable, "-m", "jobs.cli", "run", str(zoo_file), "--workdir", str(work)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with printed_by(work).open("w") as printed:
+        return subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
+
+
+def printed_by(work):
+    return work.with_suffix(".txt")
 
 
 def raylet(node):
@@ -97,8 +102,7 @@ def test_a_zoo_survives_killed_workers_and_a_lost_node(two_nodes, tmp_path, monk
     address, nodes = two_nodes
     zoo_file = write_zoo(tmp_path)
     undisturbed = started(zoo_file, tmp_path / "undisturbed", address, monkeypatch)
-    printed, _ = undisturbed.communicate()
-    assert undisturbed.returncode == 0, printed
+    assert undisturbed.wait() == 0, printed_by(tmp_path / "undisturbed").read_text()
 
     chance, killed, lost_node = random.Random(0), 0, False
     process = started(zoo_file, tmp_path / "work", address, monkeypatch)
@@ -120,7 +124,7 @@ def test_a_zoo_survives_killed_workers_and_a_lost_node(two_nodes, tmp_path, monk
         else:
             continue
         next_kill = time.monotonic() + KILL_EVERY_S
-    assert process.returncode == 0, process.stdout.read()
+    assert process.returncode == 0, printed_by(tmp_path / "work").read_text()
     assert killed == 3
     assert lost_node
     for table in TABLES:

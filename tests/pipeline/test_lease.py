@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 
 import pytest
@@ -21,6 +22,16 @@ def write_lease(directory, holder, age_s=0.0):
     path.write_text(json.dumps(asdict(holder)))
     stamp = path.stat().st_mtime - age_s
     os.utime(path, (stamp, stamp))
+
+
+def held_by(directory):
+    return json.loads((directory / LEASE_FILE).read_text())
+
+
+def until(condition):
+    """Wait; the test's own time limit ends it."""
+    while not condition():
+        time.sleep(0.05)
 
 
 def test_a_second_run_is_refused_by_process_and_host(tmp_path):
@@ -51,14 +62,14 @@ def test_a_killed_process_of_this_machine_loses_its_lease_at_once(tmp_path):
     process.wait()
     process.stdout.close()
     with lease(tmp_path):
-        pass
+        assert held_by(tmp_path)["pid"] == os.getpid()
 
 
 def test_a_new_process_with_the_number_of_a_dead_one_is_another(tmp_path):
     mine = Holder.this_process()
-    write_lease(tmp_path, replace(mine, process_started=mine.process_started - 1000))
+    write_lease(tmp_path, replace(mine, process_started=mine.process_started - 1000, token="dead"))
     with lease(tmp_path):
-        pass
+        assert held_by(tmp_path)["token"] != "dead"
 
 
 def test_a_holder_elsewhere_keeps_its_lease_while_its_heart_beats(tmp_path):
@@ -68,28 +79,44 @@ def test_a_holder_elsewhere_keeps_its_lease_while_its_heart_beats(tmp_path):
         pass
     write_lease(tmp_path, elsewhere, age_s=lease_module.EXPIRES_S + 1)
     with lease(tmp_path):
-        assert json.loads((tmp_path / LEASE_FILE).read_text())["host"] != "another-machine"
+        assert held_by(tmp_path)["host"] != "another-machine"
 
 
 def test_the_heartbeat_renews_the_lease(tmp_path, monkeypatch):
     monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.01)
     with lease(tmp_path):
         os.utime(tmp_path / LEASE_FILE, (0, 0))
-        while (tmp_path / LEASE_FILE).stat().st_mtime == 0:  # the test's own time limit ends it
+        until(lambda: (tmp_path / LEASE_FILE).stat().st_mtime > 0)
+
+
+def test_a_process_of_this_machine_that_stands_still_keeps_its_lease(tmp_path):
+    """As after Ctrl-Z: its heart beats no more, and it may go on at any time."""
+    with lease(tmp_path):
+        write_lease(tmp_path, Holder(**held_by(tmp_path)), age_s=10 * lease_module.EXPIRES_S)
+        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on "), lease(tmp_path):
             pass
+
+
+def test_a_run_whose_lease_was_taken_over_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.01)
+    other = replace(Holder.this_process(), host="another-machine", token="other")
+    with pytest.raises(ConfigError, match=r"was taken over by process .* on another-machine"), lease(tmp_path):
+        write_lease(tmp_path, other)
+        until(lambda: False)
+    assert held_by(tmp_path)["token"] == "other"
 
 
 def test_a_lease_that_was_taken_over_is_not_given_back_for_the_new_holder(tmp_path):
     other = replace(Holder.this_process(), token="other")
     with lease(tmp_path):
         write_lease(tmp_path, other)
-    assert json.loads((tmp_path / LEASE_FILE).read_text())["token"] == "other"
+    assert held_by(tmp_path)["token"] == "other"
 
 
 def test_a_damaged_lease_is_put_aside(tmp_path):
     (tmp_path / LEASE_FILE).write_text("{")
     with lease(tmp_path):
-        pass
+        assert held_by(tmp_path)["pid"] == os.getpid()
 
 
 def test_of_many_processes_at_once_one_holds_the_lease(tmp_path):
@@ -99,15 +126,13 @@ def test_of_many_processes_at_once_one_holds_the_lease(tmp_path):
         )
         for _ in range(3)
     ]
-    refused = 0
-    while refused < 2:
-        refused = sum(process.poll() is not None for process in processes)
-    holders = [process for process in processes if process.poll() is None]
-    assert len(holders) == 1
-    assert holders[0].stdout.readline() == "held\n"
-    holders[0].kill()
+    until(lambda: sum(process.poll() is not None for process in processes) == 2)
+    (holder,) = (process for process in processes if process.poll() is None)
+    assert holder.stdout.readline() == "held\n"
+    holder.kill()
     for process in processes:
-        process.communicate()
+        _, err = process.communicate()
+        assert process is holder or f"in use by process {holder.pid} on " in err
 
 
 def test_a_zoo_is_not_run_in_a_directory_that_another_run_holds(tmp_path):

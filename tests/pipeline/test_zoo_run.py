@@ -310,7 +310,8 @@ def test_registrations_without_mlflow_are_outcomes_and_tables_are_written(finish
         ("register", "small-llama"),
         ("register", "tiny-opt"),
     }
-    assert all(f"(trace in {run.store.log(outcome.key)})" in outcome.error for outcome in run.failures)
+    (told,) = {outcome.error for outcome in run.failures}  # one waited, the others were not tried
+    assert told.endswith(f"(trace in {run.store.log(run.failures[0].key)})")
     assert len(results(run)) == 8
     assert (workdir / "tables" / "scores" / "away.parquet").is_file()
 

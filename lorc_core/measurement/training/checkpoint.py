@@ -23,7 +23,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """Where training is.
 
     Attributes:
@@ -38,11 +38,11 @@ class Progress:
     least: float
     best: Trained
 
-    def after_look(self, step: int, divergence: float, trained: Trained) -> "Progress":
+    def after_look(self, step: int, divergence: float, trained: Trained) -> "TrainingProgress":
         """Where training is after another look at the held-out text."""
         if divergence < self.least:
-            return Progress(step, 0, divergence, trained)
-        return Progress(step, self.stale_looks + 1, self.least, self.best)
+            return TrainingProgress(step, 0, divergence, trained)
+        return TrainingProgress(step, self.stale_looks + 1, self.least, self.best)
 
 
 @runtime_checkable
@@ -68,7 +68,7 @@ class TrainingCheckpoint:
     parts: Mapping[str, Stateful]
     generator: torch.Generator
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: TrainingProgress) -> None:
         """Write the file, or keep the one before until the new one is whole."""
         self.directory.mkdir(parents=True, exist_ok=True)
         bases = [dict(layer.items()) for layer in progress.best.bases]
@@ -79,7 +79,7 @@ class TrainingCheckpoint:
         torch.save(state, partial)
         partial.rename(self.directory / CHECKPOINT_FILE)
 
-    def load(self) -> Progress | None:
+    def load(self) -> TrainingProgress | None:
         """Put every part into its state, and say where training was; None where there is no file."""
         if not (self.directory / CHECKPOINT_FILE).is_file():
             return None
@@ -88,4 +88,4 @@ class TrainingCheckpoint:
             part.load_state_dict(state[name])
         self.generator.set_state(state["generator"])
         step, stale_looks, least, bases, adapters = state["progress"]
-        return Progress(step, stale_looks, least, Trained([KeysValues(**layer) for layer in bases], adapters))
+        return TrainingProgress(step, stale_looks, least, Trained([KeysValues(**layer) for layer in bases], adapters))

@@ -21,7 +21,7 @@ from lorc_core.attention.attach import Attachment
 from lorc_core.decomposition.factors import UNTOUCHED, Decomposition, Factors, LayerDecomposition, layer_spectrum
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.measurement.losses import only_gradients_of
-from lorc_core.measurement.training.checkpoint import Progress, Stateful, Trained, TrainingCheckpoint
+from lorc_core.measurement.training.checkpoint import Stateful, Trained, TrainingCheckpoint, TrainingProgress
 from lorc_core.measurement.training.latent_bases import Bases, LatentBasis, in_basis
 from lorc_core.measurement.training.lora import LoraLayers, injected_lora
 from lorc_core.measurement.training.rank_draws import RankDraws
@@ -94,7 +94,7 @@ class Trainer:
             kept = None if checkpoint is None else TrainingCheckpoint(checkpoint, parts, self.generator)
             progress = kept.load() if kept else None
             if progress is None:
-                progress = Progress(0, 0, self.divergence(attachment, heldout), self._trained())
+                progress = TrainingProgress(0, 0, self.divergence(attachment, heldout), self._trained())
             step = progress.step
             while step < settings.num_steps and progress.stale_looks < settings.patience:
                 self._take_step(attachment, sequences, optimizer)
@@ -179,7 +179,7 @@ class Trainer:
         bases = [layer.map(lambda basis: basis.weight.detach().clone().cpu()) for layer in self.bases]
         return Trained(bases, self.lora.tensors())
 
-    def _state(self, progress: Progress, num_steps: int, divergence: float) -> TrainingState:
+    def _state(self, progress: TrainingProgress, num_steps: int, divergence: float) -> TrainingState:
         best = progress.best
         return TrainingState(progress.step, num_steps, progress.least, divergence, best.bases, best.adapters)
 

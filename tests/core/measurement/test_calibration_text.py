@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorc_core
 from lorc_core.errors import ArtifactError, ConfigError
+from lorc_core.measurement.calibrated_model import CalibratedModel
 from lorc_core.measurement.calibration_text import calibration_text, first_tokens
-from tests.models import tiny_model
+from tests.models import CONFIGS, tiny_model
 from tests.paths import DEMO
 
 LLAMA = DEMO / "stdlib-llama"
@@ -101,11 +102,22 @@ def test_texts_that_cannot_be_used_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [torch.arange(8), torch.zeros(2, 3, 4, dtype=torch.long), torch.zeros(2, 3), [1, 2, 3], [[1.5, 2.5]]]
+    "bad",
+    [
+        torch.arange(8),
+        torch.zeros(2, 3, 4, dtype=torch.long),
+        torch.zeros(2, 3),
+        [1, 2, 3],
+        [[1.5, 2.5]],
+        [[1, 2, 3], [4, 5]],
+        torch.zeros(0, 5, dtype=torch.long),
+        torch.zeros(5, 0, dtype=torch.long),
+        torch.zeros(5, 1, dtype=torch.long),
+    ],
 )
 def test_what_is_no_table_of_token_ids_is_refused(bad):
     plain = inspect.unwrap(calibration_text)  # users run without the shape checks of the tests
-    with pytest.raises(ConfigError, match=r"calibration must be token ids \(sequences, tokens\), got"):
+    with pytest.raises(ConfigError, match=r"calibration must be token ids \(sequences, tokens\), "):
         plain(bad, tiny_model("llama"), 10**6)
 
 
@@ -166,6 +178,36 @@ def test_a_terminal_shows_what_is_measured_and_a_log_nothing(method, schedule, b
     logged_variant, logged = shown_on(io.StringIO(), monkeypatch, method, schedule)
     assert logged == ""
     assert logged_variant.ranks == variant.ranks
+
+
+def test_a_pass_of_any_family_moves_the_bar_once(monkeypatch):
+    """OPT's model calls its decoder past its base model."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    for name in CONFIGS:
+        model, passes = tiny_model(name), []
+        calibrated = CalibratedModel(model, torch.arange(16).view(2, 8), 16)
+        monkeypatch.setattr(
+            "lorc_core.measurement.calibrated_model.progress_bar", lambda *_, passes=passes: Counted(passes)
+        )
+        with calibrated.progress("measuring", 1), torch.inference_mode():
+            model(calibrated.sequences)
+        assert len(passes) == 1, name
+
+
+class Counted:
+    """In place of a bar."""
+
+    def __init__(self, passes):
+        self.passes = passes
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self):
+        self.passes.append(1)
 
 
 def test_a_terminal_shows_how_far_training_is(monkeypatch):

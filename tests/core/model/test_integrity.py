@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lorc_core.errors import ArtifactError, UnsupportedModelError
 from lorc_core.model.checkpoint import Checkpoint, read_config
-from lorc_core.model.integrity import check_checkpoint
+from lorc_core.model.integrity import check_checkpoint, check_model
 from tests.models import CONFIGS, tiny_model
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -39,7 +40,7 @@ def change_config(directory, **fields):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_family_as_it_is_saved_passes(name, tmp_path):
     tiny_model(name).save_pretrained(tmp_path)
-    check(tmp_path)
+    assert check_model(tmp_path).directory == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -107,3 +108,32 @@ def test_shards_are_checked_like_one_file(llama, tmp_path):
     model.save_pretrained(llama, max_shard_size="20KB")
     assert len(list(llama.glob("*.safetensors"))) > 1
     check(llama)
+    index = json.loads((llama / "model.safetensors.index.json").read_text())
+    shard = llama / index["weight_map"].pop(UP)
+    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({name: tensor for name, tensor in load_file(shard).items() if name != UP}, shard, {"format": "pt"})
+    with pytest.raises(ArtifactError, match=f"tensor {UP} is missing"):
+        check(llama)
+
+
+@pytest.mark.parametrize(
+    ("family", "buffer"),
+    [
+        ("gpt2", "transformer.h.1.attn.masked_bias"),
+        ("gpt_neo", "transformer.h.1.attn.attention.bias"),
+        ("gptj", "transformer.h.1.attn.masked_bias"),
+    ],
+)
+def test_masks_that_older_checkpoints_hold_are_no_weights(family, buffer, tmp_path):
+    """With them transformers loads bitwise the same weights."""
+    tiny_model(family).save_pretrained(tmp_path)
+    change_tensors(tmp_path, lambda tensors: tensors.update({buffer: torch.tensor(-1e9)}))
+    check(tmp_path)
+
+
+def test_a_model_that_is_no_causal_one_is_refused(tmp_path):
+    T5ForConditionalGeneration(T5Config(vocab_size=8, d_model=8, d_kv=4, num_layers=1, num_heads=2)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ArtifactError, match=r"config\.json: no model can be built from it \(ValueError: "):
+        check(tmp_path)
