@@ -136,6 +136,6 @@ def load_tokenizer(model_dir: Path | str, *, trust_remote_code: bool = False) ->
     """
     try:
         return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise ArtifactError(f"{model_dir}: the tokenizer cannot be loaded: {reason}") from error
+    except Exception as error:  # of damaged files anything; the library in Rust raises Exception itself
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise ArtifactError(f"{model_dir}: the tokenizer cannot be loaded ({told})") from error

@@ -40,7 +40,9 @@ RESOURCES = """
 import ray, sys, time
 ray.init(address=sys.argv[1], log_to_driver=False)
 until = time.monotonic() + 60
-while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"] and time.monotonic() < until:
+while time.monotonic() < until:
+    if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"] == 1:  # the lost node's are gone
+        break
     time.sleep(1)
 print(ray.available_resources().get("CPU"), ray.cluster_resources()["CPU"])
 """

@@ -206,6 +206,15 @@ def test_a_changed_budget_decomposes_nothing_again(finished):
     }
 
 
+BROKEN_CODE = """
+from transformers import LlamaForCausalLM
+
+class Broken(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        raise IndexError("deep within")
+"""
+
+
 def break_nan(directory):
     tensors = load_file(directory / "model.safetensors")
     tensors["model.layers.2.self_attn.v_proj.weight"][0, 0] = float("nan")
@@ -235,23 +244,48 @@ def break_vocabulary(directory):
     model.save_pretrained(directory)
 
 
+def break_tokenizer(directory):
+    (directory / "tokenizer.json").write_text("[]")
+
+
+def break_at_work(directory):
+    """Its own code raises when it runs what no one foresaw."""
+    (directory / "modeling_broken.py").write_text(BROKEN_CODE)
+    config = json.loads((directory / "config.json").read_text())
+    auto_map = {"AutoModelForCausalLM": "modeling_broken.Broken"}
+    (directory / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+
+
+BROKEN = (
+    break_nan,
+    break_file,
+    break_rank,
+    break_padding,
+    break_vocabulary,
+    break_tokenizer,
+    break_at_work,
+)
+
+
 @pytest.fixture(scope="module")
 def troubled(ray_cluster, tmp_path_factory):
-    """A zoo of two good models, five broken ones, one that is not there and one that asks for what no node has."""
+    """A zoo of two good models, seven broken ones, one that is not there and one that asks for what no node has."""
     directory = tmp_path_factory.mktemp("troubled")
     zoo_file = write_zoo(directory, kept="0.5")
     entries = ["  - {name: missing, source: ./tiny-otp}"]
     entries += ["  - {name: greedy, source: ./small-llama, resources: {num_gpus: 4}}"]
-    for damage in (break_nan, break_file, break_rank, break_padding, break_vocabulary):
+    for damage in BROKEN:
         damage(save_tiny_model("llama", directory / damage.__name__, seed=1))
-        entries.append(f"  - {{name: {damage.__name__}, source: ./{damage.__name__}, dtype: float32}}")
+        own_code = "true" if damage is break_at_work else "false"
+        entry = f"name: {damage.__name__}, source: ./{damage.__name__}, dtype: float32, trust_remote_code: {own_code}"
+        entries.append(f"  - {{{entry}}}")
     zoo_file.write_text(zoo_file.read_text().replace("models:", "\n".join(["models:", *entries]), 1))
     return zoo_file, run_zoo(load_zoo(zoo_file), directory / "work", until="evaluate")
 
 
 def test_only_what_is_wrong_fails(troubled):
     _, run = troubled
-    wrong = {"missing", "greedy", "break_nan", "break_file", "break_rank", "break_padding", "break_vocabulary"}
+    wrong = {"missing", "greedy", *(damage.__name__ for damage in BROKEN)}
     assert {outcome.model for outcome in run.failures} == wrong
     rows = [row for row in results(run) if row.model not in wrong]
     assert {row.model for row in rows} == {"small-llama", "tiny-opt"}
@@ -263,6 +297,7 @@ def test_only_what_is_wrong_fails(troubled):
     [
         ("break_nan", "layer 2 values: the weight or its bias holds NaN", []),
         ("break_file", "not a whole safetensors file", []),
+        ("break_tokenizer", "the tokenizer cannot be loaded", []),
         ("break_rank", "layer 0 keys: the weight is rank-deficient", ["lorc-uniform-0.5"]),
         (
             "break_vocabulary",
@@ -277,13 +312,25 @@ def test_a_broken_model_says_what_is_wrong_and_keeps_what_can_be_had(troubled, m
     assert [row.variant for row in results(run) if row.model == model and row.variant != "baseline"] == survivors
 
 
-def test_what_no_one_foresaw_is_one_line_that_names_its_log(troubled):
+@pytest.mark.parametrize(
+    ("model", "steps", "message"),
+    [
+        ("break_padding", {("resolve", None)}, "AssertionError: Padding_idx must be within num_embeddings"),
+        (
+            "break_at_work",
+            {("evaluate", "baseline"), ("evaluate", "lorc-uniform-0.5"), ("evaluate", "lorc-progressive-0.75")},
+            "IndexError: deep within",
+        ),
+    ],
+)
+def test_what_no_one_foresaw_is_one_line_that_names_its_log(troubled, model, steps, message):
+    """In this process, before anything runs, and in a worker."""
     _, run = troubled
-    failed = [outcome for outcome in run.failures if outcome.model == "break_padding"]
-    assert {(outcome.name, outcome.variant) for outcome in failed} == {("resolve", None)}  # before anything runs
+    failed = [outcome for outcome in run.failures if outcome.model == model]
+    assert {(outcome.name, outcome.variant) for outcome in failed} == steps
     for outcome in failed:
         log = run.store.log(outcome.key)
-        assert outcome.error.startswith("AssertionError: Padding_idx must be within num_embeddings")
+        assert outcome.error.startswith(message)
         assert outcome.error.endswith(f"(trace in {log})")
         assert "\n" not in outcome.error
         assert log.read_text().startswith("Traceback")
