@@ -17,9 +17,9 @@ test: .venv/installed
 test-slow: .venv/installed
 	.venv/bin/python -m pytest -m slow
 
-# lorc_core and its tests in an environment without Ray and MLflow
+# lorc_core and its tests in an environment without Ray and MLflow, every call checked against its annotations
 test-core: .venv-core/installed
-	.venv-core/bin/python -m pytest -m "not slow" tests/core
+	.venv-core/bin/python -m pytest -m "not slow" --jaxtyping-packages=lorc_core,beartype.beartype tests/core
 
 lint: .venv/installed
 	.venv/bin/python -m ruff check .

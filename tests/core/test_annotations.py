@@ -1,4 +1,4 @@
-"""The checks that all other tests run under: what contradicts an annotation raises, also where names stand for sizes."""
+"""The checks that `make test-core` runs the core under: what contradicts an annotation raises, sizes too."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,9 @@ from lorc_core.model.blocks import Partition
 from tests.annotations import checked
 
 
-def test_lorc_core_is_checked():
+def test_lorc_core_is_checked(pytestconfig):
+    if not pytestconfig.getoption("jaxtyping_packages"):
+        pytest.skip("annotations are checked by make test-core, which takes twice as long for the same tests")
     with pytest.raises(BeartypeCallHintViolation, match="dimensions"):
         decompose_weight(torch.zeros(3), Partition("joint", 1, 3), None)
 

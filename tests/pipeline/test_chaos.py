@@ -23,7 +23,7 @@ models:
 calibration:
   texts: [{{name: first, source: text.jsonl, part: [0, 0.5]}}]
   window_tokens: 32
-  num_windows: 400
+  num_windows: 800
   shards: 2
 variants:
   - {{method: lorc, schedule: uniform, kept_fraction: 0.5}}
@@ -117,17 +117,17 @@ def test_a_zoo_survives_killed_workers_and_a_lost_node(two_nodes, tmp_path, monk
         if time.monotonic() < next_kill:
             continue
         workers = busy_workers(nodes)
-        if killed < 3 and workers:
-            chance.choice(workers).kill()
-            killed += 1
-        elif killed == 3 and not lost_node:
+        if killed >= 2 and not lost_node:
             raylet(nodes[1]).kill()
             lost_node = True
+        elif workers:
+            chance.choice(workers).kill()
+            killed += 1
         else:
             continue
         next_kill = time.monotonic() + KILL_EVERY_S
     assert process.returncode == 0, printed_by(tmp_path / "work").read_text()
-    assert killed == 3
+    assert killed >= 2
     assert lost_node
     for table in TABLES:
         assert rows(tmp_path / "work", table) == rows(tmp_path / "undisturbed", table), table
