@@ -23,7 +23,8 @@ models:
 calibration:
   texts: [{{name: first, source: text.jsonl, part: [0, 0.5]}}]
   window_tokens: 32
-  num_windows: 800
+  num_windows: 500
+  probe_windows: 400
   shards: 2
 variants:
   - {{method: lorc, schedule: uniform, kept_fraction: 0.5}}
