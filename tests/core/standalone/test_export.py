@@ -162,6 +162,7 @@ assert torch.equal(base_model(torch.load(sys.argv[2])).last_hidden_state, expect
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("imports", "options"),
     [

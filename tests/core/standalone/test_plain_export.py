@@ -219,6 +219,7 @@ except ImportError:
 """
 
 
+@pytest.mark.slow
 def test_a_new_process_that_cannot_import_lorc_loads_it(tmp_path):
     expected = {}
     for name in ("llama", "opt"):
