@@ -85,10 +85,10 @@ class Noted(Listener):
 TABLES = ("scores", "window_losses", "ranks", "projection_errors", "spectra")
 
 
-def rows(work, table):
-    """All rows of a zoo's table but what depends on the clock."""
-    read = pq.read_table(work / "tables" / table / "tiny.parquet")
-    return read.drop_columns([name for name in ("eval_s",) if name in read.column_names]).to_pylist()
+def rows(work, table, zoo="tiny"):
+    """All rows of a zoo's table but what depends on the clock, or on where the models are."""
+    read = pq.read_table(work / "tables" / table / f"{zoo}.parquet")
+    return read.drop_columns([name for name in ("eval_s", "fingerprint") if name in read.column_names]).to_pylist()
 
 
 def copy_of(work, place):

@@ -66,5 +66,5 @@ def test_a_run_that_finds_all_whole_puts_nothing_aside(damaged):
 def test_a_damaged_note_of_the_candidates_counts_as_none(damaged, content):
     zoo, work, _, _, _ = damaged
     assert candidates(zoo, Store(work))
-    next((work / "candidates").iterdir()).write_text(content)
+    (work / "candidates" / "tiny.json").write_text(content)
     assert not candidates(zoo, Store(work))
