@@ -139,3 +139,25 @@ def test_a_zoo_survives_killed_workers_and_a_lost_node(two_nodes, tmp_path, monk
     command = [sys.executable, "-c", RESOURCES, address]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed.splitlines()[-1] == "1.0 1.0"  # Ray tells of the lost node before
+
+
+@pytest.mark.slow
+def test_what_only_a_lost_node_could_run_fails_and_says_so(tmp_path, monkeypatch):
+    """Ray would run it again, and wait for such a node for ever."""
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        other = nodes.add_node(num_cpus=2)
+        zoo_file = write_zoo(tmp_path)
+        needy = zoo_file.read_text().replace("dtype: float32", "dtype: float32, resources: {num_cpus: 2}")
+        zoo_file.write_text(needy)
+        process = started(zoo_file, tmp_path / "work", nodes.address, monkeypatch)
+        while not busy_workers([other]):
+            assert process.poll() is None
+            time.sleep(0.2)
+        raylet(other).kill()
+        assert process.wait(timeout=240) == 1
+    finally:
+        nodes.shutdown()
+    assert "no node of the cluster can give CPU 2" in " ".join(printed_by(tmp_path / "work").read_text().split())

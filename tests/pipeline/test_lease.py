@@ -87,6 +87,7 @@ def test_the_heartbeat_renews_the_lease(tmp_path, monkeypatch):
     with lease(tmp_path):
         os.utime(tmp_path / LEASE_FILE, (0, 0))
         until(lambda: (tmp_path / LEASE_FILE).stat().st_mtime > 0)
+        assert held_by(tmp_path)["pid"] == os.getpid()
 
 
 def test_a_process_of_this_machine_that_stands_still_keeps_its_lease(tmp_path):
