@@ -16,8 +16,8 @@ T = TypeVar("T")
 class StepsRun(Listener):
     """Runs steps, and all they need, that are not done yet.
 
-    What failed for a damaged artifact is run again once that was made anew; what failed for what may pass by itself,
-    while there is patience. Who listens is told of each step once.
+    What failed for a damaged artifact is run again once that was made anew, which is done once for each; what failed
+    for what may pass by itself, while there is patience. Who listens is told of each step once.
 
     Args:
         cluster: Of the zoo file.
@@ -34,6 +34,7 @@ class StepsRun(Listener):
         self.steps = distinct(wanted)
         self.ended: dict[str, Outcome] = {}  # final outcomes, by the step's key
         self.told: set[str] = set()
+        self.remade: set[str] = set()  # what was damaged; damaged again, the storage is not sound
         listener.plan(self.steps)
 
     def then(self, use: Callable[[list[Outcome]], T]) -> T:
@@ -41,19 +42,20 @@ class StepsRun(Listener):
 
         Raises:
             ConfigError: There is no Ray cluster at the address.
+            DamagedArtifactError: What `use` finds damaged was made again before.
         """
         while True:
             try:
                 outcomes = self.patience.until_possible(self.attempt, first_obstacle)
-                damaged = {outcome.damaged for outcome in outcomes if outcome.damaged is not None}
+                damaged = {outcome.damaged for outcome in outcomes if outcome.damaged is not None} - self.remade
                 if not damaged:
                     for outcome in outcomes:
                         self.tell(outcome)
                     return use(outcomes)
             except DamagedArtifactError as damage:
-                if damage.directory.parent != self.store.steps:
+                damaged = {damage.directory.name} - self.remade
+                if damage.directory.parent != self.store.steps or not damaged:
                     raise
-                damaged = {damage.directory.name}
             for key in damaged:
                 self.put_aside(key)
 
@@ -74,6 +76,7 @@ class StepsRun(Listener):
         """Make room for an artifact that must be made again, and say so."""
         self.listener.note(f"{key} was damaged; it is now {self.store.put_aside(key)} and is made again")
         self.ended.pop(key, None)
+        self.remade.add(key)
 
     def record(self, outcome: Outcome) -> None:
         if outcome.is_final:

@@ -56,6 +56,31 @@ def test_an_artifact_in_the_place_of_another_is_put_aside_and_made_again(damaged
     assert told.notes[0].startswith(f"{second.evaluate.key} was damaged")
 
 
+def test_what_is_damaged_again_is_an_error_and_not_made_for_ever(damaged, monkeypatch):
+    """A worker cannot read what another wrote a moment ago: as on a disk that is not sound."""
+    zoo, work, untouched, place, model = damaged
+    first = model.variants[0]
+    layer = place(model.decompose["lorc"][0]) / "layer.safetensors"
+    shutil.rmtree(place(first.variant))
+    put_aside = Store.put_aside
+
+    def stays_damaged(store, key):
+        aside = put_aside(store, key)
+        shutil.copytree(aside, store.steps / key)  # as if it were made again, and again damaged
+        return aside
+
+    cut(layer)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put_aside", stays_damaged)
+        run = run_zoo(zoo, work, until="evaluate", listener=(told := Noted()))
+    assert len(told.notes) == 1
+    assert {outcome.key for outcome in run.failures} == {first.variant.key}
+    assert "layer.safetensors: altered after it was written" in run.failures[0].error
+    shutil.rmtree(layer.parent)
+    assert not run_zoo(zoo, work, until="evaluate").failures
+    assert rows(work, "scores") == rows(untouched, "scores")
+
+
 def test_a_run_that_finds_all_whole_puts_nothing_aside(damaged):
     zoo, work, _, _, _ = damaged
     assert all(outcome.status == "cached" for outcome in run_zoo(zoo, work, until="evaluate").outcomes)
