@@ -15,7 +15,9 @@ from tests.paths import DEMO
 from tests.zoos import TABLES, rows
 
 KILL_EVERY_S = 20
-MODELS = ("llama", "llama-mha", "qwen2", "opt", "gpt2", "gpt_neox")
+# Many models of short steps: what is killed is soon done again, and the zoo lasts longer than three kills.
+ARCHITECTURES = ("llama", "llama-mha", "qwen2", "opt", "gpt2", "gpt_neox")
+MODELS_EACH = 2
 ZOO = """
 name: tiny
 models:
@@ -62,8 +64,9 @@ def two_nodes():
 
 def write_zoo(directory):
     entries = []
-    for seed, name in enumerate(MODELS):
-        save_tiny_model(name, directory / name, seed)
+    for seed, architecture in enumerate(ARCHITECTURES * MODELS_EACH):
+        name = f"{architecture}-{seed}"
+        save_tiny_model(architecture, directory / name, seed)
         entries.append(f"  - {{name: {name}, source: ./{name}, dtype: float32}}")
     (directory / "text.jsonl").write_text((DEMO / "heldout.jsonl").read_text())
     (directory / "zoo.yaml").write_text(ZOO.format(models="\n".join(entries)))
