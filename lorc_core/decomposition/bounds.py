@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorc_core.decomposition.symmetric import eigh, eigvalsh, gram
 from lorc_core.errors import NumericsError
 
 
@@ -32,7 +33,7 @@ def projection_bound(weight: Float[Tensor, "n i"], rest: Float[Tensor, "n n"]) -
     """
     lost = rest @ weight.double()
     # By the Gram matrix: squaring costs the small singular values their digits, not the largest.
-    return torch.linalg.eigvalsh(lost @ lost.T)[-1].clamp(min=0).sqrt().item()
+    return eigvalsh(gram(lost))[-1].clamp(min=0).sqrt().item()
 
 
 def read_error(
@@ -100,14 +101,14 @@ def k_svd_gaps(states: Float[Tensor, "n n"], readers: Float[Tensor, "n n"]) -> F
     Source: KQ-SVD, arXiv 2512.05916, theorem 3, from Gram matrices.
     """
     least = least_read_errors(states, readers)
-    eigenvalues, vectors = torch.linalg.eigh(states)
+    eigenvalues, vectors = eigh(states)
     losses = eigenvalues.clamp(min=0) * (readers @ vectors * vectors).sum(dim=0)
     return _tail_sums(losses.flip(0)) - least
 
 
 def _root(moment: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Any R with R R^T = moment."""
-    eigenvalues, vectors = torch.linalg.eigh(moment)
+    eigenvalues, vectors = eigh(moment)
     return vectors * eigenvalues.clamp(min=0).sqrt()
 
 

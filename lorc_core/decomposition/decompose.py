@@ -11,8 +11,9 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from lorc_core.decomposition.factors import Decomposition, log10_condition
-from lorc_core.decomposition.left_singular import left_singular
+from lorc_core.decomposition.left_singular import left_singular, singular_values_of
 from lorc_core.decomposition.moments import Moments
+from lorc_core.decomposition.symmetric import eigh, eigvalsh, gram
 from lorc_core.errors import NumericsError
 from lorc_core.methods import Reader
 from lorc_core.model.blocks import Partition
@@ -54,16 +55,16 @@ def decompose(
         if tensor is not None and not torch.isfinite(tensor).all():
             raise NumericsError(f"the {name} holds NaN or infinity")
     states, readers = (diagonal_blocks(moment, partition) for moment in (moments.states, moments.readers))
-    state_energies = torch.linalg.eigvalsh(states).flip(-1).clamp(min=0)
     own_down = None
     if reader == "interaction":
         up, own_down, read_energies = balanced_factors(states, readers)
     else:
-        eigenvalues, vectors = torch.linalg.eigh(states if reader == "none" else states + readers)
+        eigenvalues, vectors = eigh(states if reader == "none" else states + readers)
         up, read_energies = vectors.flip(-1), eigenvalues.flip(-1).clamp(min=0)
+    state_energies = read_energies if reader == "none" else eigvalsh(states).flip(-1).clamp(min=0)
     exact = weight.double()
-    singular_values = left_singular(exact)[1]
-    weight_energies = torch.linalg.eigvalsh(diagonal_blocks(exact @ exact.T, partition)).flip(-1).clamp(min=0)
+    singular_values = singular_values_of(exact)
+    weight_energies = eigvalsh(diagonal_blocks(gram(exact), partition)).flip(-1).clamp(min=0)
     return Decomposition(
         partition=partition,
         up=_as_real(up),
@@ -135,7 +136,7 @@ def decompose_weight(weight: Float[Tensor, "n i"], partition: Partition, mean: T
     rows = split_blocks(weight.double().T, partition).movedim(0, -1)
     blocks = [left_singular(block)[:2] for block in rows]
     energies = torch.stack([_padded_energies(singular_values, partition.width) for _, singular_values in blocks])
-    whole = blocks[0][1] if len(blocks) == 1 else left_singular(weight.double())[1]
+    whole = blocks[0][1] if len(blocks) == 1 else singular_values_of(weight.double())
     up = torch.stack([basis for basis, _ in blocks])
     return Decomposition(
         partition=partition,
@@ -173,7 +174,7 @@ def _as_real(blocks: Num[Tensor, "b v v"]) -> Float[Tensor, "b w w"]:
 
 def _psd_roots(moment: Num[Tensor, "n n"]) -> tuple[Num[Tensor, "n n"], Num[Tensor, "n n"]]:
     """Square root and pseudo-inverse square root of a symmetric (Hermitian) positive semidefinite matrix."""
-    eigenvalues, vectors = torch.linalg.eigh(moment)
+    eigenvalues, vectors = eigh(moment)
     kept = eigenvalues > MIN_RELATIVE_EIGENVALUE * eigenvalues[-1]
     values, vectors = eigenvalues[kept].sqrt(), vectors[:, kept]
     return vectors * values @ vectors.mH, vectors / values @ vectors.mH

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorc_core.decomposition.symmetric import eigh, eigvalsh, gram
+
 # The Gram route squares the condition number. Worst relative error of a singular value of a 1024 x 8192 matrix:
 # 4.6e-11 at kappa 3e3, 3.8e-6 at 1e6; by QR + SVD 9.5e-15 and 2.0e-12 (`lorc bench svd`).
 MAX_GRAM_CONDITION = 3e3
@@ -36,9 +38,19 @@ def left_singular(weight: Float[Tensor, "n i"]) -> tuple[Float[Tensor, "n n"], F
     return *left_singular_by_qr(weight), "qr"
 
 
+def singular_values_of(weight: Float[Tensor, "n i"]) -> Float[Tensor, " m"]:
+    """The singular values of `left_singular` alone."""
+    rows, columns = weight.shape
+    if rows <= columns:
+        singular_values = eigvalsh(gram(weight)).flip(0).clamp(min=0).sqrt()
+        if singular_values[0] <= MAX_GRAM_CONDITION * singular_values[-1]:
+            return singular_values
+    return torch.linalg.svdvals(torch.linalg.qr(weight.T, mode="r")[1])
+
+
 def left_singular_by_gram(weight: Float[Tensor, "n i"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
     """W W^T = U S^2 U^T. For no more rows than columns; see `left_singular`."""
-    eigenvalues, eigenvectors = torch.linalg.eigh(weight @ weight.T)
+    eigenvalues, eigenvectors = eigh(gram(weight))
     return eigenvectors.flip(1), eigenvalues.flip(0).clamp(min=0).sqrt()
 
 

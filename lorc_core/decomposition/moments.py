@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorc_core.decomposition.position_average import position_average
 from lorc_core.decomposition.second_moments import LayerMoments, over_all_heads
+from lorc_core.decomposition.symmetric import gram
 from lorc_core.decomposition.weight_moments import (
     known_mean,
     output_moment,
@@ -75,14 +76,14 @@ def _moments_of_weights(source: WeightSource, architecture: Architecture, place:
     gain = axes.statistics == "weights_with_gain"
     weight, mean = projected_input(source, architecture, layer_idx, PROJECTION_OF[kind], gain=gain)
     if kind == "values":
-        return Moments(weight @ weight.T, output_moment(source, architecture, layer_idx, axes.gqa), mean)
+        return Moments(gram(weight), output_moment(source, architecture, layer_idx, axes.gqa), mean)
     readers = query_moment(source, architecture, layer_idx, axes.gqa, gain=gain)
     rotated = axes.rotated(architecture, layer_idx)
     if not rotated and not architecture.qk_norm:
-        return Moments(weight @ weight.T, readers, mean)
+        return Moments(gram(weight), readers, mean)
     # Behind a norm or the rotation the bias is no constant, so it counts as a part of the states.
     keys = with_constant(weight, mean)
-    states = keys @ keys.T
+    states = gram(keys)
     if not rotated or axes.block == "frequency":  # complex blocks are the same at all positions
         return Moments(states, readers, None)
     return Moments(

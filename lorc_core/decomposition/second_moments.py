@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorc_core.decomposition.symmetric import gram
 from lorc_core.methods import Axes
-
-WIDE_GRAM = 512  # narrower products gain nothing from being split
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class SecondMoment:
     def of(cls, tokens: Float[Tensor, "*batch t i"]) -> "SecondMoment":
         """The sums over T tokens, of each of a batch of things apart."""
         exact = tokens.double()
-        return cls(_gram(exact), exact.sum(dim=-2), tokens.shape[-2])
+        return cls(gram(exact.mT), exact.sum(dim=-2), tokens.shape[-2])
 
     def __add__(self, other: "SecondMoment") -> "SecondMoment":
         return SecondMoment(self.total + other.total, self.sum + other.sum, self.num_tokens + other.num_tokens)
@@ -138,14 +137,3 @@ def over_all_heads(moment: Float[Tensor, "*g i i"]) -> Float[Tensor, "n n"]:
         Zero between heads where each was measured alone: only methods whose blocks do not span heads ask for that.
     """
     return moment if moment.ndim == 2 else torch.block_diag(*moment)
-
-
-def _gram(tokens: Float[Tensor, "*batch t i"]) -> Float[Tensor, "*batch i i"]:
-    """x^T x, computing the blocks below the diagonal once: five eighths of the work where it is wide."""
-    width = tokens.shape[-1]
-    if width < WIDE_GRAM:
-        return tokens.mT @ tokens
-    left, right = tokens[..., : width // 2], tokens[..., width // 2 :]
-    corner = left.mT @ right
-    upper = torch.cat([_gram(left), corner], dim=-1)
-    return torch.cat([upper, torch.cat([corner.mT, _gram(right)], dim=-1)], dim=-2)

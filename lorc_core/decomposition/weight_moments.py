@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorc_core.decomposition.symmetric import gram
 from lorc_core.methods import Gqa
 from lorc_core.model.architecture import Architecture
 from lorc_core.model.checkpoint import WeightSource
@@ -122,4 +123,4 @@ def output_moment(source: WeightSource, architecture: Architecture, layer_idx: i
 def _reader_blocks(heads: Float[Tensor, "g m i d"], gqa: Gqa) -> Float[Tensor, "g d d"]:
     """Second moments over I rows of the M readers of each kv head: stacked, or of their sum."""
     rows = heads.flatten(1, 2) if gqa == "stack" else heads.sum(dim=1)
-    return rows.mT @ rows
+    return gram(rows.mT)

@@ -32,7 +32,7 @@ class DecomposeStep(FileStep):
     """One layer's full-rank nested factors and spectra, from its weights and what calibration measured of it."""
 
     name = "decompose"
-    revision = 4
+    revision = 5
 
     axes: Recipe[KeysValues[Axes]]
     layer_idx: Recipe[int]

@@ -77,7 +77,7 @@ class CalibrateStep(ModelStep):
     """Second moments of every layer on one shard of the calibration windows."""
 
     name = "calibrate"
-    revision = 1
+    revision = 2
 
     batch_size: Recipe[int]
     shard: Recipe[int]

@@ -59,7 +59,7 @@ class ProjectionErrorsStep(FileStep):
     """
 
     name = "projection_errors"
-    revision = 1
+    revision = 2
 
     model_dir: Place[Path]
     variant: Input[VariantStep]
