@@ -93,7 +93,8 @@ def load_reference(reference: str, workdir: Path) -> tuple[Any, Path]:
         return AutoModelForCausalLM.from_pretrained(reference, dtype="auto", device_map="auto"), Path(reference)
     with TemporaryDirectory() as scratch:
         directory, dtype = find_variant(reference, workdir, Path(scratch))
-        _, base_dir = variant_and_base(directory)
+        _, location = variant_and_base(directory)
+        base_dir = location.directory(weights=True)
         return lorc_core.load(directory, base=base_dir, dtype=dtype, device_map="auto"), base_dir
 
 

@@ -15,7 +15,7 @@ from jobs.screen import console
 from lorc_core.errors import ConfigError
 from lorc_core.methods import METHODS, Method
 from lorc_core.model.architecture import architecture_of
-from lorc_core.model.checkpoint import read_config
+from lorc_core.model.stored.checkpoint import read_config
 from lorc_core.ranks.budgets import KEPT_FRACTION_TOLERANCE
 from lorc_core.ranks.schedules import SCHEDULES
 from pipeline.results import Result, results

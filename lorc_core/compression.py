@@ -23,9 +23,10 @@ from lorc_core.decomposition.second_moments import LayerMoments
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.methods import Axes, Method, known_method
 from lorc_core.model.architecture import Architecture, architecture_of
-from lorc_core.model.checkpoint import Checkpoint, WeightSource, find_model, is_hub_id, read_config
 from lorc_core.model.kinds import PROJECTION_OF, KeysValues, LayerKind
-from lorc_core.model.weights import read_bias, read_weight
+from lorc_core.model.stored.checkpoint import Checkpoint, Rows, WeightSource, read_config
+from lorc_core.model.stored.locations import ModelLocation, find_model
+from lorc_core.model.stored.weights import checkpoint_fingerprint, read_bias, read_weight
 from lorc_core.progress import progress_bar
 from lorc_core.ranks.budgets import check_kept_fraction
 from lorc_core.ranks.schedule import Schedule
@@ -43,9 +44,14 @@ class LoadedWeights:
     def __init__(self, model: PreTrainedModel) -> None:
         self.tensors = dict(model.base_model.named_parameters())
 
-    def read(self, name: str) -> Float[Tensor, "..."]:
-        """The tensor called `name` below the base model."""
-        return self.tensors[name].detach()
+    def read(self, name: str, rows: Rows | None = None) -> Float[Tensor, "..."]:
+        """The tensor called `name` below the base model, or some of its rows."""
+        tensor = self.tensors[name].detach()
+        return tensor if rows is None else torch.cat([tensor[start:stop] for start, stop in rows])
+
+    def num_rows(self, name: str) -> int:
+        """Of the tensor called `name` below the base model."""
+        return len(self.tensors[name])
 
 
 def decompose_layer(
@@ -124,13 +130,13 @@ class OpenedModel:
         architecture: Its facts.
         weights: Where its tensors are read.
         base: How the variant will name it.
-        loaded: The model itself, or the directory to load it from, for what runs it.
+        loaded: The model itself, or where it is, for what runs it.
     """
 
     architecture: Architecture
     weights: WeightSource
     base: BaseModel
-    loaded: PreTrainedModel | Path
+    loaded: PreTrainedModel | ModelLocation
 
 
 def open_model(model: PreTrainedModel | Path | str) -> OpenedModel:
@@ -140,15 +146,11 @@ def open_model(model: PreTrainedModel | Path | str) -> OpenedModel:
         source = os.path.abspath(named) if os.path.isdir(named) else named  # a relative one would read as a hub id
         base = BaseModel(source, revision=None, fingerprint=None)
         return OpenedModel(architecture_of(model.config), LoadedWeights(model), base, model)
-    directory = find_model(model)
-    checkpoint = Checkpoint(directory)
-    architecture = architecture_of(read_config(directory))
-    fingerprint = checkpoint.fingerprint(architecture.tensor_names())
-    if is_hub_id(model):
-        base = BaseModel(str(model), directory.name, fingerprint)  # a snapshot's folder is called as its commit
-    else:
-        base = BaseModel(str(directory), None, fingerprint)
-    return OpenedModel(architecture, checkpoint, base, directory)
+    location = find_model(model)
+    checkpoint = Checkpoint(location.files())
+    architecture = architecture_of(read_config(location.directory(weights=False)))
+    base = BaseModel(location.source, location.commit, checkpoint_fingerprint(checkpoint, architecture))
+    return OpenedModel(architecture, checkpoint, base, location)
 
 
 def compress(

@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorc_core.attention.attach import attach
 from lorc_core.errors import ArtifactError, ConfigError
-from lorc_core.model.checkpoint import find_model, model_directory
-from lorc_core.model.integrity import check_model
+from lorc_core.model.stored.integrity import check_model
+from lorc_core.model.stored.locations import ModelLocation, find_model, locate
+from lorc_core.model.stored.weights import checkpoint_fingerprint
 from lorc_core.variant import Variant, load_variant
 
 
@@ -27,15 +28,16 @@ def load(variant_dir: Path | str, *, base: Path | str | None = None, **from_pret
         ArtifactError: The variant is unfinished, altered or of another schema, or the base is another model.
         ConfigError: The base model is not there, or the variant does not know where it is and `base` is absent.
     """
-    variant, directory = variant_and_base(variant_dir, base)
+    variant, location = variant_and_base(variant_dir, base)
+    directory = location.directory(weights=True)
     check_base(directory, variant, trust_remote_code=from_pretrained_kwargs.get("trust_remote_code", False))
     model = AutoModelForCausalLM.from_pretrained(directory, **from_pretrained_kwargs)
     attach(model, variant)
     return model
 
 
-def variant_and_base(variant_dir: Path | str, base: Path | str | None = None) -> tuple[Variant, Path]:
-    """A variant and the directory of its base model, as `load` has them. Whether it is that model is `check_base`'s.
+def variant_and_base(variant_dir: Path | str, base: Path | str | None = None) -> tuple[Variant, ModelLocation]:
+    """A variant and where its base model is, as `load` has them. Whether it is that model is `check_base`'s.
 
     Args:
         variant_dir: A variant's directory.
@@ -50,7 +52,7 @@ def variant_and_base(variant_dir: Path | str, base: Path | str | None = None) ->
         return variant, find_model(base)
     if not variant.base.source:
         raise ConfigError(f"{variant_dir}: made from a model in memory, so name its base model with base=")
-    return variant, model_directory(variant.base.source, variant.base.revision)
+    return variant, locate(variant.base.source, variant.base.revision)
 
 
 def check_base(directory: Path, variant: Variant, *, trust_remote_code: bool = False) -> None:
@@ -58,5 +60,5 @@ def check_base(directory: Path, variant: Variant, *, trust_remote_code: bool = F
     checkpoint = check_model(directory, trust_remote_code=trust_remote_code)
     if variant.base.fingerprint is None:
         return
-    if checkpoint.fingerprint(variant.architecture.tensor_names()) != variant.base.fingerprint:
+    if checkpoint_fingerprint(checkpoint, variant.architecture) != variant.base.fingerprint:
         raise ArtifactError(f"{directory}: not the base model this variant was made for ({variant.base.source})")

@@ -132,15 +132,13 @@ def regress_step(client: MlflowClient, version: ModelVersion, started_at: str, d
     """
     registered = read_version(client, version)
     variant_dir, evaluation_dir = fetch_files(client, registered, directory / uuid4().hex)
-    variant, model_dir = variant_and_base(variant_dir)
+    variant, location = variant_and_base(variant_dir)
     details = registered.details
     resources = Resources.model_validate(details["resources"])
     return RegressStep(
         model=label(version),
         need=Need(resources.num_cpus, resources.num_gpus, resources.memory_bytes),
-        loads=ModelLoad(
-            model_dir, details["settings"]["dtype"], details["trust_remote_code"], variant.base.fingerprint
-        ),
+        loads=ModelLoad(location, details["settings"]["dtype"], details["trust_remote_code"], variant.base.fingerprint),
         registered_name=version.name,
         version=str(version.version),
         started_at=started_at,

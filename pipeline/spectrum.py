@@ -11,8 +11,8 @@ from lorc_core.decomposition.bounds import k_svd_gaps
 from lorc_core.decomposition.moments import moments_of
 from lorc_core.errors import ConfigError
 from lorc_core.methods import METHODS, Axes
-from lorc_core.model.checkpoint import Checkpoint
 from lorc_core.model.kinds import KINDS, Kind, LayerKind, layer_kinds
+from lorc_core.model.stored.checkpoint import Checkpoint
 from lorc_core.ranks.curves import error_at
 from lorc_core.ranks.spectra import Energies, LayerSpectrum, RankSchedule
 from pipeline.steps.graph import ModelSteps, calibrated_steps, decompose_steps, probe_step
@@ -196,7 +196,7 @@ def layer_gaps(zoo: Zoo, model: ModelSteps, kept_fraction: float, store: Store) 
     calibrated = calibrated_steps(zoo, model.model)
     if calibrated is None or not all(store.is_done(step) for step in calibrated.shards):
         return {}
-    shape, source = model.model.architecture, Checkpoint(model.model.directory)
+    shape, source = model.model.architecture, Checkpoint(model.model.location.files())
     shards, axes = [store.path(step) for step in calibrated.shards], Axes("calibration", "interaction")
     rank = max(round(kept_fraction * shape.kv_width), 1)
     gaps = {}

@@ -22,7 +22,7 @@ from lorc_core.attention.positions import key_rotation
 from lorc_core.model.architecture import Architecture
 from lorc_core.model.kinds import KINDS
 from lorc_core.model.rotation import rotate, unrotate
-from lorc_core.model.weights import projection_rows
+from lorc_core.model.stored.weights import projection_rows
 
 
 class GivenStates:

@@ -22,8 +22,8 @@ from lorc_core.decomposition.weight_moments import (
 from lorc_core.errors import ConfigError
 from lorc_core.methods import Axes
 from lorc_core.model.architecture import Architecture
-from lorc_core.model.checkpoint import WeightSource
 from lorc_core.model.kinds import PROJECTION_OF, LayerKind
+from lorc_core.model.stored.checkpoint import WeightSource
 
 
 @dataclass(frozen=True)

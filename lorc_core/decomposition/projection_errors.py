@@ -15,9 +15,9 @@ from lorc_core.decomposition.second_moments import LayerMoments, over_all_heads
 from lorc_core.decomposition.weight_moments import output_moment
 from lorc_core.model.architecture import Architecture
 from lorc_core.model.channels import diagonal_blocks
-from lorc_core.model.checkpoint import WeightSource
 from lorc_core.model.kinds import PROJECTION_OF, LayerKind
-from lorc_core.model.weights import read_bias, read_weight
+from lorc_core.model.stored.checkpoint import WeightSource
+from lorc_core.model.stored.weights import read_bias, read_weight
 
 
 @dataclass(frozen=True)

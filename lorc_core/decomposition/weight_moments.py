@@ -14,9 +14,9 @@ from torch import Tensor
 from lorc_core.decomposition.symmetric import gram
 from lorc_core.methods import Gqa
 from lorc_core.model.architecture import Architecture
-from lorc_core.model.checkpoint import WeightSource
 from lorc_core.model.kinds import PROJECTION_OF, Kind, Projection
-from lorc_core.model.weights import read_bias, read_norm_gain, read_output, read_weight
+from lorc_core.model.stored.checkpoint import WeightSource
+from lorc_core.model.stored.weights import read_bias, read_norm_gain, read_output, read_weight
 
 
 def projected_input(

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
 
 from jaxtyping import Int
@@ -21,7 +20,8 @@ from lorc_core.measurement.training.latent_bases import trained_layers
 from lorc_core.measurement.training.trainer import Trainer
 from lorc_core.methods import Method
 from lorc_core.model.architecture import architecture_of
-from lorc_core.model.integrity import check_model
+from lorc_core.model.stored.integrity import check_model
+from lorc_core.model.stored.locations import ModelLocation
 from lorc_core.progress import progress_bar
 from lorc_core.ranks.schedule import Schedule
 from lorc_core.ranks.schedules import Sensitivity
@@ -32,7 +32,7 @@ class CalibratedModel:
     """A model with its calibration text, in evaluation mode until the end of the `with` block.
 
     Args:
-        model_or_dir: A loaded model, whose modules get their own modes back, or the directory to load one from.
+        model: A loaded one, whose modules get their own modes back, or where it is.
         calibration: Token ids (sequences, tokens), the path of a text file, or a list of texts.
         max_tokens: Of a text.
 
@@ -40,12 +40,13 @@ class CalibratedModel:
         ConfigError: The text is absent or too short, or its tokens are not the model's.
     """
 
-    def __init__(self, model_or_dir: PreTrainedModel | Path, calibration: Calibration, max_tokens: int) -> None:
-        if isinstance(model_or_dir, PreTrainedModel):
-            self.model = model_or_dir
+    def __init__(self, model: PreTrainedModel | ModelLocation, calibration: Calibration, max_tokens: int) -> None:
+        if isinstance(model, PreTrainedModel):
+            self.model = model
         else:
-            check_model(model_or_dir)
-            self.model = AutoModelForCausalLM.from_pretrained(model_or_dir)
+            directory = model.directory(weights=True)
+            check_model(directory)
+            self.model = AutoModelForCausalLM.from_pretrained(directory)
         self.architecture = architecture_of(self.model.config)
         self.text = calibration_text(calibration, self.model, max_tokens)
         self.sequences = self.text.sequences

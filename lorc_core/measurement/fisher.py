@@ -8,7 +8,7 @@ from lorc_core.errors import NumericsError
 from lorc_core.measurement.losses import Batches, next_token_loss, only_gradients_of
 from lorc_core.model.architecture import Architecture, architecture_of
 from lorc_core.model.kinds import PROJECTION_OF, KeysValues, LayerKind, by_layer, layer_kinds
-from lorc_core.model.weights import projection_rows
+from lorc_core.model.stored.weights import projection_rows
 
 
 def fisher_information(model: PreTrainedModel, batches: Batches) -> tuple[KeysValues[tuple[float, ...]], ...]:

@@ -104,19 +104,6 @@ class Architecture:
         """Name of the weight or bias of the norm before the attention."""
         return f"{self.norm.format(layer_idx)}.{part}"
 
-    def tensor_names(self) -> list[str]:
-        """Every tensor that a decomposition of keys and values by their weights alone reads."""
-        projections: tuple[Projection, ...] = ("k", "v")
-        parts: tuple[Literal["weight", "bias"], ...] = ("weight", "bias") if self.bias else ("weight",)
-        return list(
-            dict.fromkeys(
-                self.projection_name(layer_idx, projection, part)
-                for layer_idx in range(self.num_layers)
-                for projection in projections
-                for part in parts
-            )
-        )
-
     def to_dict(self) -> dict[str, Any]:
         """JSON values; the inverse is `from_dict`."""
         return asdict(self)

@@ -11,8 +11,8 @@ from lorc_core.decomposition.factors import Factors
 from lorc_core.errors import ConfigError
 from lorc_core.loading import check_base, variant_and_base
 from lorc_core.model.architecture import Architecture
-from lorc_core.model.checkpoint import Checkpoint
 from lorc_core.model.kinds import PROJECTION_OF, Kind, LayerKind
+from lorc_core.model.stored.checkpoint import Checkpoint
 from lorc_core.standalone.settings import StoredFactors
 from lorc_core.variant import Variant
 
@@ -122,7 +122,8 @@ def open_variant(variant_dir: Path | str, directory: Path, base: Path | str | No
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory}: exists and is not empty; name a new directory")
-    variant, base_dir = variant_and_base(variant_dir, base)
+    variant, location = variant_and_base(variant_dir, base)
+    base_dir = location.directory(weights=True)
     check_base(base_dir, variant)
     return Plan.of(variant, base_dir)
 

@@ -10,7 +10,9 @@ from tempfile import TemporaryDirectory
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorc_core.model.checkpoint import INDEX_FILE, SINGLE_FILE, TOKENIZER_FILES, Checkpoint
+from lorc_core.model.stored.checkpoint import Checkpoint
+from lorc_core.model.stored.locations import TOKENIZER_FILES
+from lorc_core.model.stored.shards import INDEX_FILE, SINGLE_FILE
 
 # What stands beside the weights; never another checkpoint or pickles.
 COPIED = (*TOKENIZER_FILES, "generation_config.json", "chat_template*", "LICENSE*", "USE_POLICY*")
@@ -52,12 +54,12 @@ def write_weights(base: Checkpoint, tensors_of: Callable[[str], dict[str, Tensor
     """
     weight_map: dict[str, str] = {}
     total = 0
-    for path, header in base.headers.items():
+    for file, header in base.headers.items():
         tensors: dict[str, Tensor] = {}
         for full_name in header:
             tensors |= tensors_of(full_name)
-        save_file(tensors, directory / path.name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, path.name)
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if not (directory / SINGLE_FILE).is_file():
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

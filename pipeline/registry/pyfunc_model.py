@@ -17,7 +17,8 @@ class CompressedModel(PythonModel):
 
         directory = context.artifacts["variant"]
         trusted = context.model_config["trust_remote_code"]
-        _, base_dir = variant_and_base(directory)  # of a hub model the revision that was compressed, with its tokenizer
+        _, location = variant_and_base(directory)
+        base_dir = location.directory(weights=True)  # of a hub model the revision that was compressed
         self.model: Any = lorc_core.load(directory, base=base_dir, dtype="auto", trust_remote_code=trusted)
         self.tokenizer = AutoTokenizer.from_pretrained(base_dir, trust_remote_code=trusted)
 

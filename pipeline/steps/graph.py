@@ -120,7 +120,7 @@ def calibrated_steps(zoo: Zoo, model: ResolvedModel) -> Calibrated | None:
 
 
 def loading(model: ResolvedModel) -> ModelLoad:
-    return ModelLoad(model.directory, model.entry.dtype, model.entry.trust_remote_code, model.base.fingerprint)
+    return ModelLoad(model.location, model.entry.dtype, model.entry.trust_remote_code, model.content)
 
 
 def need_of(model: ResolvedModel) -> Need:
@@ -170,8 +170,8 @@ def decompose_step(
         need=Need(num_cpus=1, memory_bytes=DECOMPOSE_COPIES * 8 * floats),
         axes=KeysValues(method.keys, method.values),
         layer_idx=layer_idx,
-        model_fingerprint=model.base.fingerprint,
-        model_dir=model.directory,
+        content=model.content,
+        location=model.location,
         architecture=architecture,
         calibrated=calibrated.shards if calibrated and measures else (),
     )
@@ -243,7 +243,10 @@ def variant_step(
         method=entry.method,
         schedule=entry.schedule,
         dtype=model.entry.dtype,
-        base=model.base,
+        source=model.entry.source,
+        commit=model.location.commit,
+        content=model.content,
+        outline=model.outline,
         architecture=model.architecture,
         ranks=ranks,
         layers=layers,
@@ -260,7 +263,7 @@ def projection_errors_step(
         model=model.entry.name,
         label=variant.label,
         need=Need(num_cpus=1, memory_bytes=8 * floats),
-        model_dir=model.directory,
+        location=model.location,
         variant=variant,
         calibrated=calibrated.shards if calibrated else (),
     )
@@ -280,7 +283,7 @@ def windows_steps(
             text=text_identity(source),
             tokenizer=tokenizer_identity(model.directory, model.architecture.model_type),
             source=source,
-            model_dir=model.directory,
+            location=model.location,
             trust_remote_code=model.entry.trust_remote_code,
         )
         for source in sources

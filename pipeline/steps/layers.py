@@ -8,8 +8,10 @@ import torch
 
 from lorc_core.methods import Axes, Reader, Training
 from lorc_core.model.architecture import Architecture
-from lorc_core.model.checkpoint import Checkpoint
 from lorc_core.model.kinds import KeysValues, LayerKind
+from lorc_core.model.stored.checkpoint import Checkpoint
+from lorc_core.model.stored.locations import ModelLocation
+from lorc_core.model.stored.weights import ReadOnce, layer_digest
 from pipeline.steps.step import FileStep, Input, ModelStep, Pin, Place, Progress, Recipe
 from pipeline.steps.texts import CalibrateStep, WindowsStep, windows_of
 from pipeline.storage.artifacts import (
@@ -18,6 +20,7 @@ from pipeline.storage.artifacts import (
     load_moments,
     save_adapters,
     save_bases,
+    save_digest,
     save_layer,
 )
 from pipeline.storage.store import Store
@@ -32,25 +35,31 @@ class DecomposeStep(FileStep):
     """One layer's full-rank nested factors and spectra, from its weights and what calibration measured of it."""
 
     name = "decompose"
-    revision = 5
+    revision = 6
 
     axes: Recipe[KeysValues[Axes]]
     layer_idx: Recipe[int]
-    model_fingerprint: Pin[str | None]
-    model_dir: Place[Path]
+    content: Pin[str]
+    location: Place[ModelLocation]
     architecture: Place[Architecture]
     calibrated: Input[tuple[CalibrateStep, ...]] = ()
 
     def run(self, output: Path, store: Store) -> None:
         from lorc_core.compression import decompose_kind
 
-        checkpoint, moments = Checkpoint(self.model_dir), load_moments(store.paths(self.calibrated), self.layer_idx)
+        source = ReadOnce(Checkpoint(self.location.files()))
+        moments = load_moments(store.paths(self.calibrated), self.layer_idx)
         layer = KeysValues.of(
             lambda kind: decompose_kind(
-                checkpoint, self.architecture, LayerKind(self.layer_idx, kind), self.axes[kind], moments
+                source, self.architecture, LayerKind(self.layer_idx, kind), self.axes[kind], moments
             )
         )
         save_layer(output, self.layer_idx, layer)
+        save_digest(output, layer_digest(source, self.architecture, self.layer_idx))
+
+    @property
+    def decomposed(self) -> "DecomposeStep":
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +108,10 @@ class ChangeBasisStep(FileStep):
         start, bases = load_layer(store.path(self.layer)), load_bases(store.path(self.trained), self.layer_idx)
         changed = KeysValues.of(lambda kind: change_basis(start[kind], bases[kind], self.readers[kind]))
         save_layer(output, self.layer_idx, changed)
+
+    @property
+    def decomposed(self) -> DecomposeStep:
+        return self.layer
 
 
 LayerStep = DecomposeStep | ChangeBasisStep  # leaves one layer's decomposition

@@ -140,7 +140,7 @@ class RegressStep(ModelStep):
         from pipeline.evaluation import window_losses
 
         variant = load_variant(self.variant_dir)
-        check_base(self.loads.model_dir, variant)
+        check_base(self.loads.location.directory(weights=True), variant)
         scores = {row["text"]: row for row in read_rows(self.evaluation_dir, "scores")}
         rows = []
         with attach(model, variant):

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
+from lorc_core.model.stored.locations import ModelLocation
 from pipeline.storage.store import Store
 
 if TYPE_CHECKING:  # steps are built where few of them run, and what loads models takes seconds to import
@@ -43,17 +44,17 @@ class Need:
 class ModelLoad:
     """How to load a model, and what decides the results of all that run it."""
 
-    model_dir: Path
+    location: ModelLocation
     dtype: str
     trust_remote_code: bool
-    model_fingerprint: str | None
+    content: str | None
     versions: dict[str, str] = field(
         default_factory=lambda: {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     )
 
     @property
     def pins(self) -> dict[str, Any]:
-        return {"model_fingerprint": self.model_fingerprint, "dtype": self.dtype, "versions": self.versions}
+        return {"content": self.content, "dtype": self.dtype, "versions": self.versions}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 
 from lorc_core.errors import ArtifactError
+from lorc_core.model.stored.locations import ModelLocation
 from pipeline.steps.step import FileStep, Input, ModelStep, Pin, Place, Recipe
 from pipeline.storage.artifacts import load_windows, save_moments, save_windows
 from pipeline.storage.store import Store
@@ -34,13 +35,13 @@ class WindowsStep(FileStep):
     text: Pin[dict[str, Any]]
     tokenizer: Pin[str]
     source: Place[Text]
-    model_dir: Place[Path]
+    location: Place[ModelLocation]
     trust_remote_code: Place[bool]
 
     def run(self, output: Path, store: Store) -> None:
         from lorc_core.measurement.calibration_text import load_tokenizer
 
-        tokenizer = load_tokenizer(self.model_dir, trust_remote_code=self.trust_remote_code)
+        tokenizer = load_tokenizer(self.location.directory(weights=False), trust_remote_code=self.trust_remote_code)
         stream = text_tokens(self.source, tokenizer, self.document_marks, store.root / "datasets")
         windows = pin_windows(
             stream,

@@ -7,15 +7,17 @@ from lorc_core.decomposition.factors import slice_layer
 from lorc_core.decomposition.projection_errors import projection_errors
 from lorc_core.methods import Method
 from lorc_core.model.architecture import Architecture
-from lorc_core.model.checkpoint import Checkpoint
 from lorc_core.model.kinds import LayerKind
+from lorc_core.model.stored.checkpoint import Checkpoint
+from lorc_core.model.stored.locations import ModelLocation
+from lorc_core.model.stored.weights import model_fingerprint
 from lorc_core.ranks.schedule import Schedule
 from lorc_core.variant import BaseModel, Variant, load_variant
 from pipeline.steps.layers import LayerStep, TrainStep
 from pipeline.steps.ranks import RanksStep
-from pipeline.steps.step import FileStep, Input, Place, Recipe
+from pipeline.steps.step import FileStep, Input, Pin, Place, Recipe
 from pipeline.steps.texts import CalibrateStep
-from pipeline.storage.artifacts import load_adapters, load_layer, load_moments, load_ranks
+from pipeline.storage.artifacts import load_adapters, load_digest, load_layer, load_moments, load_ranks
 from pipeline.storage.store import Store
 from pipeline.storage.tables import write_table
 from pipeline.zoo.sections import Dtype
@@ -26,12 +28,15 @@ class VariantStep(FileStep):
     """Slice every layer's factors to the scheduled ranks and write the variant."""
 
     name = "variant"
-    revision = 4
+    revision = 5
 
     method: Recipe[Method]
     schedule: Recipe[Schedule]
     dtype: Recipe[Dtype]
-    base: Recipe[BaseModel]
+    source: Recipe[str]
+    commit: Recipe[str | None]
+    content: Pin[str]
+    outline: Place[str]
     architecture: Place[Architecture]
     ranks: Input[RanksStep]
     layers: Input[tuple[LayerStep, ...]]
@@ -48,7 +53,9 @@ class VariantStep(FileStep):
         adapters = load_adapters(store.path(self.trained)) if self.trained else {}
         adapters = {name: tensor.to(dtype) for name, tensor in adapters.items()}
         schedule = asdict(self.schedule)
-        Variant(self.base, self.architecture, self.method, schedule, ranks, factors, adapters).save(output)
+        digests = [load_digest(store.path(layer.decomposed)) for layer in self.layers]
+        base = BaseModel(self.source, self.commit, model_fingerprint(self.outline, digests))
+        Variant(base, self.architecture, self.method, schedule, ranks, factors, adapters).save(output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +68,12 @@ class ProjectionErrorsStep(FileStep):
     name = "projection_errors"
     revision = 2
 
-    model_dir: Place[Path]
+    location: Place[ModelLocation]
     variant: Input[VariantStep]
     calibrated: Input[tuple[CalibrateStep, ...]] = ()
 
     def run(self, output: Path, store: Store) -> None:
-        variant, checkpoint, rows = load_variant(store.path(self.variant)), Checkpoint(self.model_dir), []
+        variant, checkpoint, rows = load_variant(store.path(self.variant)), Checkpoint(self.location.files()), []
         for layer_idx, layer in enumerate(variant.factors):
             moments = load_moments(store.paths(self.calibrated), layer_idx)
             for kind, factors in layer.items():

@@ -38,7 +38,8 @@ def shared_model(step: Step) -> "AbstractContextManager[PreTrainedModel | None]"
         return nullcontext()
     from pipeline.evaluation import loaded_model
 
-    return loaded_model(step.loads.model_dir, step.loads.dtype, trust_remote_code=step.loads.trust_remote_code)
+    directory = step.loads.location.directory(weights=True)
+    return loaded_model(directory, step.loads.dtype, trust_remote_code=step.loads.trust_remote_code)
 
 
 def run_step(step: Step, store: Store, model: "PreTrainedModel | None") -> Iterator[Outcome | Milestone]:

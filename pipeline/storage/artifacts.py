@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # these import what loads models, for which a run that finds 
 
 WINDOWS_FILE = "windows.npy"
 LAYER_FILE = "layer.safetensors"
+DIGEST_FILE = "weights.sha256"
 BASES_FILE = "bases.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"
 PROBES_FILE = "probes.json"
@@ -81,6 +82,15 @@ def save_layer(output: Path, layer_idx: int, layer: LayerDecomposition) -> None:
         )
     save_file(tensors, output / LAYER_FILE)
     write_table(output, "spectra", rows)
+
+
+def save_digest(output: Path, digest: str) -> None:
+    """Of the weights that a layer was decomposed from."""
+    (output / DIGEST_FILE).write_text(digest)
+
+
+def load_digest(directory: Path) -> str:
+    return checked_file(directory / DIGEST_FILE).read_text()
 
 
 def load_layer(directory: Path) -> LayerDecomposition:

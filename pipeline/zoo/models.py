@@ -1,61 +1,98 @@
 """From a zoo entry to a model on disk, its identity and its architecture."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from transformers import PreTrainedConfig
 from transformers import __version__ as transformers_version
 
 from lorc_core.errors import ConfigError
 from lorc_core.model.architecture import Architecture, architecture_of
-from lorc_core.model.checkpoint import Checkpoint, model_directory, read_config
-from lorc_core.variant import BaseModel
+from lorc_core.model.stored.checkpoint import Checkpoint, read_config
+from lorc_core.model.stored.locations import ModelLocation, locate
 from pipeline.storage.store import Store
 from pipeline.zoo.sections import ModelEntry
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A zoo entry whose files are on disk and were checked."""
+    """A zoo entry whose files were found and checked.
+
+    Attributes:
+        location: Where all of its files are.
+        directory: On this machine, with its config and tokenizer.
+        outline: Of its checkpoint.
+        content: Identity of its weights for the steps that read them; see `content_of`.
+    """
 
     entry: ModelEntry
+    location: ModelLocation
     directory: Path
-    base: BaseModel
+    outline: str
+    content: str
     architecture: Architecture
     num_parameters: int
 
 
 def resolve(entry: ModelEntry, store: Store, *, fetch_missing: bool = True) -> ResolvedModel:
-    """Fetch a model if it is a hub id, check that it is whole, read its architecture.
+    """Find a model, check that it is whole, read its architecture; of one elsewhere no weights are fetched.
 
     Args:
         entry: From the zoo file.
         store: Remembers which models were found whole.
-        fetch_missing: Whether a hub model that is not on disk may be downloaded.
+        fetch_missing: Whether what is not on disk may be fetched.
 
     Raises:
         LorcError: As `Checkpoint`, `architecture_of` and `check_checkpoint` do.
-        ConfigError: The hub has no such model.
+        ConfigError: There is no such model.
     """
-    directory = model_directory(entry.source, entry.revision, fetch_missing=fetch_missing)
-    checkpoint = Checkpoint(directory)
+    location = locate(entry.source, entry.revision, fetch_missing=fetch_missing)
+    directory = location.directory(weights=False)
+    checkpoint = Checkpoint(location.files())
     config = read_config(directory, trust_remote_code=entry.trust_remote_code)
     architecture = architecture_of(config)
-    fingerprint = checkpoint.fingerprint(architecture.tensor_names())
-    note = store.root / "whole" / f"{fingerprint}-transformers-{transformers_version}"
+    outline, content = content_of(checkpoint, store)
+    note = store.root / "whole" / f"{outline}-transformers-{transformers_version}"
     if not note.exists():  # the look imports the model's class, for which a run that finds all done need not wait
-        from lorc_core.model.integrity import check_checkpoint
+        from lorc_core.model.stored.integrity import check_checkpoint
 
         check_checkpoint(checkpoint, config, trust_remote_code=entry.trust_remote_code)
         note.parent.mkdir(exist_ok=True)
         note.touch()
     return ResolvedModel(
         entry=entry,
+        location=location,
         directory=directory,
-        base=BaseModel(entry.source, None if entry.is_directory else directory.name, fingerprint),
+        outline=outline,
+        content=content,
         architecture=architecture,
         num_parameters=checkpoint.num_parameters,
     )
+
+
+def content_of(checkpoint: Checkpoint, store: Store) -> tuple[str, str]:
+    """A checkpoint's outline, and its identity for the steps that read its weights.
+
+    The two are the same unless the files were written again in place since the store first saw them: an edit between
+    the outline's samples would not move it, so then the identity tells when they were written too.
+    """
+    files = checkpoint.files
+    note = store.root / "models" / f"{hashlib.sha256(files.url.encode()).hexdigest()[:20]}.json"
+    stamps = {name: files.stamp(name) for name in ("config.json", *checkpoint.headers)}
+    known = json.loads(note.read_text()) if note.is_file() else {}
+    if known.get("stamps") == stamps:
+        return known["outline"], known["content"]
+    content = outline = checkpoint.outline
+    if known.get("outline") == outline:
+        content = hashlib.sha256(json.dumps([outline, stamps], sort_keys=True).encode()).hexdigest()
+    note.parent.mkdir(exist_ok=True)
+    partial = note.with_suffix(f".{uuid4().hex}")
+    partial.write_text(json.dumps({"url": files.url, "outline": outline, "content": content, "stamps": stamps}))
+    partial.rename(note)
+    return outline, content
 
 
 def config_for_planning(entry: ModelEntry) -> PreTrainedConfig:
@@ -69,6 +106,8 @@ def config_for_planning(entry: ModelEntry) -> PreTrainedConfig:
         if not entry.config.is_file():
             raise ConfigError(f"model {entry.name}: config file {entry.config} does not exist")
         return read_config(entry.config)
+    if entry.is_url:
+        return read_config(ModelLocation(entry.source).directory(weights=False))
     if entry.is_directory:
         if not Path(entry.source).is_dir():
             raise ConfigError(f"model directory {entry.source} does not exist")

@@ -45,7 +45,8 @@ class Resources(Strict):
 class ModelEntry(Strict):
     """One base model.
 
-    `source` is a directory, written with a leading `./`, `../`, `/` or `~` and relative to the zoo file, or a hub id.
+    `source` is a directory, written with a leading `./`, `../`, `/` or `~` and relative to the zoo file, a URL that
+    fsspec knows (`s3://bucket/model`), or a hub id.
     `config` is a local copy of a hub model's config.json, so that `lorc plan` needs no network. `document_marks` says
     which of the tokenizer's marks stood around each document when the model was trained.
     """
@@ -68,6 +69,10 @@ class ModelEntry(Strict):
     def is_directory(self) -> bool:
         return self.source.startswith("/")  # resolved when it was read
 
+    @property
+    def is_url(self) -> bool:
+        return "://" in self.source
+
     @field_validator("source")
     @classmethod
     def resolve_source(cls, source: str, info: ValidationInfo) -> str:
@@ -79,8 +84,11 @@ class ModelEntry(Strict):
             return str(expanded(source))
         if source.startswith(("./", "../")):
             return str((zoo_folder(info) / source).resolve())
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-            raise ValueError("a directory starts with ./, ../, / or ~; a hub id is name or owner/name")
+        source = source.removeprefix("hf://")
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?|[a-z][a-z0-9+.-]*://\S+", source):
+            raise ValueError(
+                "a directory starts with ./, ../, / or ~, a URL with its scheme; a hub id is name or owner/name"
+            )
         return source
 
     @field_validator("config")

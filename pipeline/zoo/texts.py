@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorc_core.errors import ArtifactError, ConfigError, first_line
 from lorc_core.manifest import file_sha256
-from lorc_core.model.checkpoint import TOKENIZER_FILES
+from lorc_core.model.stored.locations import TOKENIZER_FILES
 from pipeline.zoo.sections import TEXT_FORMATS, DocumentMarks
 
 

@@ -13,8 +13,8 @@ from lorc_core.decomposition.factors import UNTOUCHED
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.methods import METHODS, Axes, Method, known_method, method_from_dict
 from lorc_core.model.architecture import architecture_of
-from lorc_core.model.checkpoint import read_config
 from lorc_core.model.kinds import KINDS
+from lorc_core.model.stored.checkpoint import read_config
 from lorc_core.ranks.schedules import SCHEDULES, ErrorBudget, Fisher, Sensitivity
 from tests.materialised import dense_projection
 from tests.models import CONFIGS, tiny_model

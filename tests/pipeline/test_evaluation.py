@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorc_core
 from lorc_core.errors import ArtifactError, ConfigError, NumericsError
-from lorc_core.model.checkpoint import read_config
+from lorc_core.model.stored.checkpoint import read_config
 from pipeline.evaluation import device_plan, loaded_model, window_losses
 from pipeline.zoo.texts import Text, load_rows, pin_windows, text_tokens, token_stream, tokenizer_identity
 from tests.models import tiny_model

@@ -114,8 +114,8 @@ def test_identities_are_those_of_finished_work_directories(tmp_path):
     zoo = load_zoo(REPOSITORY / "examples" / "demo.yaml")
     steps = model_steps(zoo, resolve(zoo.models[0], Store(tmp_path)), "sqlite://")
     assert steps.windows[0].key == "windows-5cb2f693831a727baaff"
-    assert steps.decompose["lorc"][0].key == "decompose-85e7b6a485e08c64ab27"
-    assert steps.variants[0].schedule.key == "schedule-f2eccd19e32be238a2e8"
+    assert steps.decompose["lorc"][0].key == "decompose-0f439f420cac944d78fc"
+    assert steps.variants[0].schedule.key == "schedule-f52e2e4d59d5e41bc342"
 
 
 def test_distinct_orders_inputs_first_and_keeps_each_once():

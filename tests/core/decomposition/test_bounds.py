@@ -13,9 +13,9 @@ from lorc_core.decomposition.bounds import k_svd_gaps, least_read_errors, projec
 from lorc_core.decomposition.decompose import balanced_factors
 from lorc_core.errors import NumericsError
 from lorc_core.model.architecture import architecture_of
-from lorc_core.model.checkpoint import Checkpoint
 from lorc_core.model.kinds import KINDS
-from lorc_core.model.weights import read_weight
+from lorc_core.model.stored.checkpoint import Checkpoint
+from lorc_core.model.stored.weights import read_weight
 from tests.spectra import random_matrix
 
 

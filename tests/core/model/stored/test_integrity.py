@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lorc_core.errors import ArtifactError, UnsupportedModelError
-from lorc_core.model.checkpoint import Checkpoint, read_config
-from lorc_core.model.integrity import check_checkpoint, check_model
+from lorc_core.model.stored.checkpoint import Checkpoint, read_config
+from lorc_core.model.stored.integrity import check_checkpoint, check_model
 from tests.models import CONFIGS, tiny_model
 
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -4,6 +4,7 @@ transformers fills what is missing with random numbers and goes on; a model like
 files' headers are read, and the model is built without memory, so a checkpoint of 140 GB takes as long as a small one.
 """
 
+import copy
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,8 +15,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 from transformers.utils import logging as transformers_logging
 
 from lorc_core.errors import ArtifactError, UnsupportedModelError, first_line
-from lorc_core.model.checkpoint import Checkpoint, read_config
 from lorc_core.model.sizes import check_sizes
+from lorc_core.model.stored.checkpoint import FP8, SCALE_ENDINGS, Checkpoint, read_config
 
 # safetensors' names of the numbers that a weight may be stored in.
 WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -62,37 +63,61 @@ def check_checkpoint(checkpoint: Checkpoint, config: PreTrainedConfig, *, trust_
         ArtifactError: A tensor is missing, unexpected, of another shape or no float; the message names it.
         UnsupportedModelError: The weights are quantized.
     """
-    if quantization := getattr(config, "quantization_config", None):
-        name = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
-        raise UnsupportedModelError(
-            f"{checkpoint.directory}: the weights are quantized ({name}), which lorc cannot read; take the model in "
-            "bfloat16, float16 or float32"
-        )
-    stored = {name: entry for header in checkpoint.headers.values() for name, entry in header.items()}
+    stored = checkpoint.stored
+    if (quantization := quantization_of(config)) is not None:
+        if quantization != "fp8":
+            raise UnsupportedModelError(
+                f"{checkpoint.url}: the weights are quantized ({quantization}), which lorc cannot read; take the model "
+                "in bfloat16, float16, float32 or fp8"
+            )
+        config = copy.deepcopy(config)
+        del config.quantization_config
+        stored = dequantized(checkpoint)
     empty = {
         name: torch.empty(entry["shape"], dtype=WEIGHT_DTYPES[entry["dtype"]], device="meta")
         for name, entry in stored.items()
         if entry["dtype"] in WEIGHT_DTYPES
     }
     problems = loading_problems(
-        causal_model_class(checkpoint.directory, config, trust_remote_code=trust_remote_code), config, empty, checkpoint
+        causal_model_class(checkpoint, config, trust_remote_code=trust_remote_code), config, empty, checkpoint
     )
     missing = problems["missing_keys"]
     if not_floats := sorted(missing & (stored.keys() - empty.keys())):
         dtype = stored[not_floats[0]]["dtype"]
         raise ArtifactError(
-            f"{checkpoint.directory}: tensor {not_floats[0]} is stored as {dtype}; weights must be one of "
+            f"{checkpoint.url}: tensor {not_floats[0]} is stored as {dtype}; weights must be one of "
             f"{', '.join(WEIGHT_DTYPES)}"
         )
     if missing:
-        raise ArtifactError(f"{checkpoint.directory}: {named(missing)} missing, which the config's model has")
+        raise ArtifactError(f"{checkpoint.url}: {named(missing)} missing, which the config's model has")
     if mismatched := sorted(problems["mismatched_keys"], key=lambda problem: problem[0]):
         name, shape, expected = mismatched[0]
         raise ArtifactError(
-            f"{checkpoint.directory}: tensor {name} is {tuple(shape)}, the config's model has {tuple(expected)}"
+            f"{checkpoint.url}: tensor {name} is {tuple(shape)}, the config's model has {tuple(expected)}"
         )
     if unexpected := [name for name in problems["unexpected_keys"] if not OLD_BUFFERS.search(name)]:
-        raise ArtifactError(f"{checkpoint.directory}: {named(unexpected)} unexpected: the config's model has no such")
+        raise ArtifactError(f"{checkpoint.url}: {named(unexpected)} unexpected: the config's model has no such")
+
+
+def quantization_of(config: PreTrainedConfig) -> str | None:
+    """How the config says that the weights are quantized; None where they are not."""
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
+        return None
+    named = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+    return str(named)
+
+
+def dequantized(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """The tensors of the model that weights of 8 bits make with their scales; ArtifactError where one has no scale."""
+    tensors = {}
+    for name, entry in checkpoint.stored.items():
+        if entry["dtype"] in FP8:
+            checkpoint.scale_name(name)
+            tensors[name] = entry | {"dtype": "BF16"}
+        elif not name.endswith(SCALE_ENDINGS):
+            tensors[name] = entry
+    return tensors
 
 
 def loading_problems(
@@ -119,7 +144,7 @@ def loading_problems(
                 output_loading_info=True,
             )
     except BUILDING_ERRORS as error:
-        raise unbuildable(checkpoint.directory, error) from error
+        raise unbuildable(checkpoint, error) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
@@ -127,7 +152,9 @@ def loading_problems(
     return loaded[1]
 
 
-def causal_model_class(directory: Path, config: PreTrainedConfig, *, trust_remote_code: bool) -> type[PreTrainedModel]:
+def causal_model_class(
+    checkpoint: Checkpoint, config: PreTrainedConfig, *, trust_remote_code: bool
+) -> type[PreTrainedModel]:
     """The class that `AutoModelForCausalLM` would take; the model's own where its code may be run."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -136,13 +163,13 @@ def causal_model_class(directory: Path, config: PreTrainedConfig, *, trust_remot
         with torch.device("meta"):
             return type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
     except BUILDING_ERRORS as error:
-        raise unbuildable(directory, error) from error
+        raise unbuildable(checkpoint, error) from error
 
 
-def unbuildable(directory: Path, error: Exception) -> ArtifactError:
-    """What to raise where transformers cannot build a model from a directory's config."""
+def unbuildable(checkpoint: Checkpoint, error: Exception) -> ArtifactError:
+    """What to raise where transformers cannot build a model from a checkpoint's config."""
     told = f"{type(error).__name__}: {first_line(error)}"
-    return ArtifactError(f"{directory / 'config.json'}: no model can be built from it ({told})")
+    return ArtifactError(f"{checkpoint.url}/config.json: no model can be built from it ({told})")
 
 
 def named(tensors: Iterable[str]) -> str:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 import lorc_core
 from lorc_core.errors import ArtifactError, ConfigError, NumericsError, UnsupportedModelError
 from lorc_core.model.architecture import architecture_of
-from lorc_core.model.checkpoint import Checkpoint, read_config
+from lorc_core.model.stored.checkpoint import Checkpoint, read_config
+from lorc_core.model.stored.weights import checkpoint_fingerprint
 from tests.models import tiny_model
 
 KEY_WEIGHT = "layers.1.self_attn.k_proj.weight"
@@ -49,21 +50,24 @@ def test_a_missing_tensor_is_named(llama_dir):
         Checkpoint(llama_dir).read("layers.9.self_attn.k_proj.weight")
 
 
+def fingerprint(directory):
+    return checkpoint_fingerprint(Checkpoint(directory), architecture_of(read_config(directory)))
+
+
 def test_fingerprint_moves_with_keys_with_other_tensors_and_with_the_config(llama_dir, tmp_path):
-    names = architecture_of(read_config(llama_dir)).tensor_names()
-    seen = {Checkpoint(llama_dir).fingerprint(names)}
-    assert Checkpoint(llama_dir).fingerprint(names) in seen
+    seen = {fingerprint(llama_dir)}
+    assert fingerprint(llama_dir) in seen
     copied = tmp_path / "elsewhere"
     shutil.copytree(llama_dir, copied)
-    assert Checkpoint(copied).fingerprint(names) in seen
-    # the last element of W_k, past the sample of every tensor; the first of an MLP weight
+    assert fingerprint(copied) in seen
+    # the last element of W_k, past the samples of every tensor; the end of another
     edit_tensor(copied, f"model.{KEY_WEIGHT}", lambda weight: weight[-1, -1].add_(1))
-    seen.add(Checkpoint(copied).fingerprint(names))
+    seen.add(fingerprint(copied))
     edit_tensor(copied, "model.embed_tokens.weight", lambda weight: weight[-500:].zero_())
-    seen.add(Checkpoint(copied).fingerprint(names))
+    seen.add(fingerprint(copied))
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
-    seen.add(Checkpoint(copied).fingerprint(names))
+    seen.add(fingerprint(copied))
     assert len(seen) == 4
 
 
