@@ -28,8 +28,10 @@ bench = typer.Typer(help="Benchmarks: figures as ratios within one run.", no_arg
 app.add_typer(bench, name="bench")
 
 ZooFile = Annotated[Path, typer.Argument(metavar="ZOO", help="The zoo file (YAML).")]
-Workdir = Annotated[Path, typer.Option(help="Holds finished steps, tables and the default MLflow store.")]
-WORKDIR = Path("lorc-work")
+Workdir = Annotated[
+    str, typer.Option(help="Holds finished steps, tables and the default MLflow store: a directory, or a URL as s3://.")
+]
+WORKDIR = "lorc-work"
 BenchModel = Annotated[Path | None, typer.Option(help="A model's directory; else random weights of --shape.")]
 BenchVariant = Annotated[Path | None, typer.Option(help="One variant of it, instead of random factors.")]
 BenchShape = Annotated[str, typer.Option(help="small, or llama-3-8b.")]
@@ -231,7 +233,7 @@ def bench_calibrate() -> None:
     bench_calibrate_main()
 
 
-def run_until(until: Literal["compress", "evaluate", "register"], zoo: Path, workdir: Path) -> NoReturn:
+def run_until(until: Literal["compress", "evaluate", "register"], zoo: Path, workdir: str) -> NoReturn:
     """Run a zoo file, which is read before what takes seconds to import."""
     checked = load_zoo(zoo)
     from jobs.compress_zoo import compress_zoo

@@ -17,7 +17,7 @@ from pipeline.zoo.schema import Zoo
 from pipeline.zoo_run import Until, ZooRun, run_zoo
 
 
-def compress_zoo(zoo: Zoo, workdir: Path, until: Until) -> int:
+def compress_zoo(zoo: Zoo, workdir: str, until: Until) -> int:
     """Run a zoo up to a kind of step, with progress bars and a table.
 
     Returns:
@@ -50,7 +50,7 @@ def candidate_line(done: ZooRun) -> str:
 def summary(done: ZooRun) -> str:
     """What ran, what had been done, what failed, and where it all is."""
     count = Counter(outcome.status for outcome in done.outcomes)
-    lines = [f"{count['ran']} steps ran, {count['cached']} were done before; everything is in {done.store.root}"]
+    lines = [f"{count['ran']} steps ran, {count['cached']} were done before; everything is in {done.store.name}"]
     if count["failed"]:
         failed = ", ".join(dict.fromkeys(outcome.model for outcome in done.failures))
         lines.append(
@@ -59,7 +59,7 @@ def summary(done: ZooRun) -> str:
     return "\n".join(lines)
 
 
-def main(zoo: Path, workdir: Path = Path("lorc-work")) -> None:
+def main(zoo: Path, workdir: str = "lorc-work") -> None:
     """The form a Ray job submits."""
     raise typer.Exit(compress_zoo(load_zoo(zoo), workdir, until="register"))
 

@@ -11,7 +11,7 @@ from lorc_core.standalone.export import Exported, export_variant
 from lorc_core.standalone.plain_export import PlainExported, export_plain
 
 
-def export_checkpoint(reference: str, directory: Path, base: Path | None, workdir: Path, *, plain: bool) -> int:
+def export_checkpoint(reference: str, directory: Path, base: Path | None, workdir: str, *, plain: bool) -> int:
     """Export and say what was folded, or at which head size a plain model attends. Returns the exit code."""
     transformers_logging.disable_progress_bar()
     with TemporaryDirectory() as scratch:

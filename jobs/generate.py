@@ -23,7 +23,7 @@ from lorc_core.variant import CONFIG_FILE
 from pipeline.registry.tracking import default_tracking_uri
 
 
-def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: Path) -> int:
+def generate_text(reference: str, prompt: str, max_new_tokens: int, workdir: str) -> int:
     """Stream a greedy continuation to standard output, and its cost to standard error. Returns the exit code."""
     transformers_logging.disable_progress_bar()
     model, tokenizer_dir = load_reference(reference, workdir)
@@ -86,7 +86,7 @@ def register_plain_models() -> None:
         AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
 
 
-def load_reference(reference: str, workdir: Path) -> tuple[Any, Path]:
+def load_reference(reference: str, workdir: str) -> tuple[Any, Path]:
     """A model whose cache is compressed, and the directory of its tokenizer."""
     if is_exported(Path(reference)):
         register_plain_models()
@@ -104,7 +104,7 @@ def names_a_path(reference: str) -> bool:
     return reference.startswith(("/", "./", "../", "~")) or (slash != "" and not last.isdigit())
 
 
-def find_variant(reference: str, workdir: Path, scratch: Path) -> tuple[Path, str]:
+def find_variant(reference: str, workdir: str, scratch: Path) -> tuple[Path, str]:
     """A variant on disk, or a registered one (its champion, unless a version or alias is named), and its dtype."""
     if (Path(reference) / CONFIG_FILE).is_file():
         return Path(reference), "auto"
@@ -114,6 +114,6 @@ def find_variant(reference: str, workdir: Path, scratch: Path) -> tuple[Path, st
         raise ConfigError(f"{reference}: a directory without {CONFIG_FILE} is no variant")
     from pipeline.registry.versions import CHAMPION, connect, fetch_files, find_version, read_version
 
-    client = connect(default_tracking_uri(None, workdir.resolve()))
+    client = connect(default_tracking_uri(None, workdir))
     registered = read_version(client, find_version(client, reference, CHAMPION))
     return fetch_files(client, registered, scratch / "version")[0], registered.details["settings"]["dtype"]

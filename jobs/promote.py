@@ -13,14 +13,14 @@ from pipeline.zoo.file import load_zoo
 from pipeline.zoo.schema import Zoo
 
 
-def promote_variant(reference: str, alias: str, zoo: Zoo | None, workdir: Path) -> int:
+def promote_variant(reference: str, alias: str, zoo: Zoo | None, workdir: str) -> int:
     """Move the alias if the gates accept the version.
 
     Returns:
         The exit code: 1 if it was refused, else 0.
     """
     gates = zoo.gates if zoo is not None else None
-    version, reasons = promote(default_tracking_uri(zoo, workdir.resolve()), reference, alias, gates)
+    version, reasons = promote(default_tracking_uri(zoo, workdir), reference, alias, gates)
     name = f"{version.name} version {version.version} ({version.tags['variant']})"
     if reasons:
         console().print(f"[red]refused[/red] {name}:")
@@ -35,7 +35,7 @@ def main(
     reference: Annotated[str, typer.Argument(metavar="NAME")],
     to: str = "champion",
     zoo: Path | None = None,
-    workdir: Path = Path("lorc-work"),
+    workdir: str = "lorc-work",
 ) -> None:
     """The form a Ray job submits."""
     raise typer.Exit(promote_variant(reference, to, load_zoo(zoo) if zoo else None, workdir))

@@ -1,6 +1,5 @@
 """Re-evaluate the champions: `lorc regress`, or `python -m jobs.regression_eval` on a schedule."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +15,7 @@ from pipeline.regression import ChampionVerdict, label, regress
 from pipeline.zoo.sections import Cluster
 
 
-def regress_champions(names: list[str], address: str | None, workdir: Path) -> int:
+def regress_champions(names: list[str], address: str | None, workdir: str) -> int:
     """Evaluate, print the verdicts.
 
     Returns:
@@ -24,7 +23,7 @@ def regress_champions(names: list[str], address: str | None, workdir: Path) -> i
     """
     screen = console()
     with stoppable(screen, workdir), StepProgress(screen).shown() as progress:
-        uri = default_tracking_uri(None, workdir.resolve())
+        uri = default_tracking_uri(None, workdir)
         verdicts = regress(uri, names, Cluster(address=address), workdir, progress)
     if any(verdict.rows for verdict in verdicts):
         screen.print(verdict_table(verdicts))
@@ -59,7 +58,7 @@ def verdict_table(verdicts: list[ChampionVerdict]) -> FittedTable:
 def main(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...")] = None,
     address: str | None = None,
-    workdir: Path = Path("lorc-work"),
+    workdir: str = "lorc-work",
 ) -> None:
     """The form a scheduled Ray job submits."""
     raise typer.Exit(regress_champions(names or [], address, workdir))

@@ -1,19 +1,17 @@
 """Print what a zoo file would do: `lorc plan ZOO`."""
 
-from pathlib import Path
-
 from rich.markup import escape
 
 from jobs.fitted_table import Column, FittedTable
 from jobs.screen import console, size
 from pipeline.planning import ModelPlan, plan_model
-from pipeline.storage.store import Store
+from pipeline.storage.mirror import open_store
 from pipeline.zoo.schema import Zoo
 
 
-def show_plan(zoo: Zoo, workdir: Path) -> int:
+def show_plan(zoo: Zoo, workdir: str) -> int:
     """Print the plan. Returns the exit code: 1 if a model cannot be planned, else 0."""
-    store = Store(workdir.resolve())
+    store = open_store(workdir)
     plans = [plan_model(zoo, entry, store) for entry in zoo.models]
     screen = console()
     screen.print(cache_table(zoo, plans))

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 from string import ascii_lowercase
 
 from jobs.fitted_table import Column, FittedTable
@@ -16,7 +15,7 @@ NUM_PRESETS = 3  # of a layer's best
 VARIANTS_ABREAST = 8  # in one table: their columns have letters, since names would not fit
 
 
-def show_spectrum(zoo: Zoo, workdir: Path) -> int:
+def show_spectrum(zoo: Zoo, workdir: str) -> int:
     """Print the tables. Returns the exit code: 1 if a step failed, else 0."""
     screen = console()
     with stoppable(screen, workdir), StepProgress(screen).shown() as progress:

@@ -13,7 +13,7 @@ STOPPED = 130  # the exit code of a command that was interrupted, as shells have
 
 
 @contextmanager
-def stoppable(screen: Console, workdir: Path) -> Iterator[None]:
+def stoppable(screen: Console, workdir: str) -> Iterator[None]:
     """A run that may be stopped while the block runs.
 
     Args:
@@ -27,10 +27,15 @@ def stoppable(screen: Console, workdir: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        screen.print(f"stopped; what is finished stays in {workdir.resolve()}, and the same command goes on from there")
+        screen.print(f"stopped; what is finished stays in {named(workdir)}, and the same command goes on from there")
         raise typer.Exit(STOPPED) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def named(workdir: str) -> str:
+    """A work directory as anyone would find it."""
+    return workdir if "://" in workdir else str(Path(workdir).resolve())
 
 
 def interrupt(number: int, frame: Any) -> None:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lorc_core.manifest import checked_file
@@ -31,7 +30,7 @@ def choose_candidates(zoo: Zoo, store: Store, models: Sequence[ModelSteps], list
         ]
         for model in models
     }
-    tracking_uri = default_tracking_uri(zoo, store.root)
+    tracking_uri = default_tracking_uri(zoo, store.name)
     gates = zoo.gates.model_dump(mode="json") if zoo.gates else None
     recipe = {"choices": choices, "gates": gates, "tracking_uri": tracking_uri}
     if read_note(zoo, store).get("recipe") == recipe:
@@ -50,8 +49,9 @@ def choose_candidates(zoo: Zoo, store: Store, models: Sequence[ModelSteps], list
             failed.append(model_failure("candidate", name, error, store))
             if name in before:  # whose alias still stands
                 chosen[name] = before[name]
-    note_path(zoo, store).parent.mkdir(exist_ok=True)
-    note_path(zoo, store).write_text(json.dumps({"recipe": None if failed else recipe, "chosen": chosen}))
+    note = store.place(*note_parts(zoo))
+    note.write_text(json.dumps({"recipe": None if failed else recipe, "chosen": chosen}))
+    store.publish(note)
     return failed
 
 
@@ -70,13 +70,13 @@ def registration(store: Store, step: Step) -> dict[str, str]:
 
 def read_note(zoo: Zoo, store: Store) -> dict[str, Any]:
     """What was noted last; empty before the first choice."""
-    path = note_path(zoo, store)
     try:
-        note = json.loads(path.read_text())
+        note = json.loads(store.known(*note_parts(zoo)).read_text())
     except (FileNotFoundError, ValueError):
         return {}
     return note if isinstance(note, dict) else {}
 
 
-def note_path(zoo: Zoo, store: Store) -> Path:
-    return store.root / "candidates" / f"{zoo.name}.json"
+def note_parts(zoo: Zoo) -> tuple[str, str]:
+    """Where the note is in the store."""
+    return "candidates", f"{zoo.name}.json"

@@ -71,7 +71,7 @@ def plan_model(zoo: Zoo, entry: ModelEntry, store: Store) -> ModelPlan:
             steps=steps,
         )
     except Exception as error:  # noqa: BLE001  one model must not cost the others their plan
-        return ModelPlan(entry.name, error=logged_failure(error, store.log(f"plan-{entry.name}")))
+        return ModelPlan(entry.name, error=logged_failure(error, f"plan-{entry.name}", store))
 
 
 def planned_caches(
@@ -118,9 +118,10 @@ def planned_steps(zoo: Zoo, entry: ModelEntry, store: Store) -> tuple[str, dict[
         if entry.is_directory:
             raise
         return (f"not fetched yet ({error})" if entry.config is None else "not fetched yet"), {}
-    planned = model_steps(zoo, model, default_tracking_uri(zoo, store.root))
+    planned = model_steps(zoo, model, default_tracking_uri(zoo, store.name))
     steps = distinct(wanted_steps([planned], "register"))
-    left = Counter(step.name for step in steps if not store.is_done(step))
+    finished = store.finished(steps)
+    left = Counter(step.name for step in steps if step.key not in finished)
     todo = ", ".join(f"{count} {name}" for name, count in left.items())
     done = f"{len(steps) - left.total()} of {len(steps)} steps done"
     return done + (f"; to do: {todo}" if todo else ""), dict(planned.refused)

@@ -13,6 +13,7 @@ from uuid import uuid4
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
+from lorc_core.errors import ConfigError
 from lorc_core.loading import variant_and_base
 from pipeline.registry.versions import champions, connect, fetch_files, read_version
 from pipeline.steps.failures import model_failure
@@ -20,7 +21,7 @@ from pipeline.steps.outcome import Listener, Outcome
 from pipeline.steps.scores import RegressStep
 from pipeline.steps.step import ModelLoad, Need
 from pipeline.steps_run import StepsRun
-from pipeline.storage.lease import held_store
+from pipeline.storage.holding import held_store
 from pipeline.storage.tables import collect, read_rows
 from pipeline.waiting import Patience
 from pipeline.zoo.sections import Cluster, Resources
@@ -48,7 +49,7 @@ class ChampionVerdict:
 
 
 def regress(
-    tracking_uri: str, names: Sequence[str], cluster: Cluster, workdir: Path, listener: Listener | None = None
+    tracking_uri: str, names: Sequence[str], cluster: Cluster, workdir: Path | str, listener: Listener | None = None
 ) -> list[ChampionVerdict]:
     """Re-evaluate champions on their pinned tokens, tag each with the verdict, keep the table.
 
@@ -62,6 +63,8 @@ def regress(
     Raises:
         ConfigError: There is no champion to evaluate, or another run is using the work directory.
     """
+    if "://" in str(workdir):  # the workers read what the registry has from the work directory's storage
+        raise ConfigError(f"work directory {workdir}: regress needs a directory that all nodes share")
     listener = listener or Listener()
     patience = Patience(cluster.wait_s, listener.note)
     client = connect(tracking_uri)
@@ -81,8 +84,9 @@ def regress(
             run = StepsRun(cluster, store, list(steps.values()), listener, patience)
             outcomes = run.then(lambda outcomes: [*failed, *outcomes])
         done = [store.path(step) for step in steps.values() if store.is_done(step)]
-        table = store.root / "tables" / "regressions" / f"{started_at.replace(':', '')}.parquet"
+        table = store.place("tables", "regressions", f"{started_at.replace(':', '')}.parquet")
         patience.until_possible(partial(collect, table, "regressions", [({}, path) for path in done]))
+        store.publish(table)
         errors = {outcome.model: outcome.error for outcome in outcomes if outcome.error is not None}
         verdicts = []
         for version in versions:

@@ -20,8 +20,8 @@ from pipeline.steps.outcome import Listener, Outcome
 from pipeline.steps.ranks import ProbeStep
 from pipeline.steps.step import Step
 from pipeline.steps_run import StepsRun
-from pipeline.storage.artifacts import load_moments, load_probes, load_ranks, load_spectra
-from pipeline.storage.lease import held_store
+from pipeline.storage.artifacts import SPECTRA_FILE, load_moments, load_probes, load_ranks, load_spectra
+from pipeline.storage.holding import held_store
 from pipeline.storage.store import Store
 from pipeline.waiting import Patience
 from pipeline.zoo.schema import Zoo
@@ -72,7 +72,7 @@ class ModelSpectrum:
 
 
 def model_spectra(
-    zoo: Zoo, workdir: Path, listener: Listener | None = None
+    zoo: Zoo, workdir: Path | str, listener: Listener | None = None
 ) -> tuple[list[ModelSpectrum], list[Outcome]]:
     """Decompose, schedule and, with calibration, compare all presets layer by layer; nothing is written but steps.
 
@@ -132,7 +132,7 @@ def model_spectrum(zoo: Zoo, model: ModelSteps, probes: dict[str, ProbeStep], st
         row
         for method, steps in model.decompose.items()
         if all(store.is_done(step) for step in steps)
-        for row in method_rows(model, method, load_spectra([store.path(step) for step in steps]), ranks, gaps)
+        for row in method_rows(model, method, load_spectra(store.paths(steps, SPECTRA_FILE)), ranks, gaps)
     )
     return ModelSpectrum(model.model.entry.name, kept_fraction, rows, choices)
 

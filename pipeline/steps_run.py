@@ -61,8 +61,9 @@ class StepsRun(Listener):
 
     def attempt(self) -> list[Outcome]:
         """Run the steps that have not ended; returns the outcomes of all."""
+        finished = self.store.finished([step for step in self.steps if step.key not in self.ended])
         for step in self.steps:
-            if step.key not in self.ended and self.store.is_done(step):
+            if step.key in finished:
                 self.record(Outcome.done(step, self.store, "cached"))
         left = [step for step in self.steps if step.key not in self.ended]
         if not left:

@@ -22,6 +22,11 @@ LOCKED_WORDS = ("is locked", "connect", "timeout", "timed out")
 # MLflow's names of what its server, or a proxy before it, answers for the moment.
 PASSING_CODES = ("TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 PASSING_ANSWERS = ("error code 502", "error code 503", "error code 504")
+# What botocore and aiohttp, which need not be installed, call an object store that is away.
+AWAY = {
+    *("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"),
+    *("ClientConnectionError", "ServerTimeoutError"),
+}
 LONGEST_PAUSE_S = 30
 
 
@@ -82,8 +87,10 @@ def passing_obstacle(error: BaseException) -> str | None:
             return f"the disk is full ({line})"
         if isinstance(link, NoConnection | Timeout) or any(words in told for words in PASSING_ANSWERS):
             return f"MLflow does not answer ({line})"
-        of_database = any(base.__name__ == "OperationalError" for base in type(link).__mro__)  # any driver's
-        passes = of_database and any(words in told for words in LOCKED_WORDS)
+        names = {base.__name__ for base in type(link).__mro__}
+        if names & AWAY:
+            return f"the object store does not answer ({line})"
+        passes = "OperationalError" in names and any(words in told for words in LOCKED_WORDS)
         if passes or getattr(link, "error_code", None) in PASSING_CODES:
             return f"MLflow's database is not available ({line})"
     return None

@@ -13,7 +13,7 @@ from pipeline.steps.graph import ModelSteps, model_steps
 from pipeline.steps.outcome import Listener, Outcome
 from pipeline.steps.step import Step
 from pipeline.steps_run import StepsRun, first_obstacle
-from pipeline.storage.lease import held_store
+from pipeline.storage.holding import held_store
 from pipeline.storage.store import Store
 from pipeline.storage.tables import TableName, collect, replace_table, rows_table
 from pipeline.waiting import Patience
@@ -42,7 +42,7 @@ def plan_steps(
     zoo: Zoo, store: Store, listener: Listener, patience: Patience
 ) -> tuple[list[ModelSteps], list[Outcome]]:
     """Every model's steps; a model that cannot be read, or cannot have a variant, is an outcome with its error."""
-    tracking_uri = default_tracking_uri(zoo, store.root)
+    tracking_uri = default_tracking_uri(zoo, store.name)
     planned, failed = [], []
     for entry in zoo.models:
         listener.phase(f"reading {entry.name}")
@@ -74,12 +74,12 @@ def wanted_steps(models: Sequence[ModelSteps], until: Until) -> list[Step]:
     return [step for variant in variants for step in (variant.projection_errors, variant.register)]
 
 
-def run_zoo(zoo: Zoo, workdir: Path, *, until: Until = "register", listener: Listener | None = None) -> ZooRun:
+def run_zoo(zoo: Zoo, workdir: Path | str, *, until: Until = "register", listener: Listener | None = None) -> ZooRun:
     """Do everything a zoo file asks for that is not done yet.
 
     Args:
         zoo: A checked zoo file.
-        workdir: Holds the store, the tables and, unless there is a server, MLflow's files.
+        workdir: Holds the store, the tables and, unless there is a server, MLflow's files: a directory, or a URL.
         until: The last kind of step to run.
         listener: Is told how the run goes on.
 
@@ -116,8 +116,11 @@ def choose(run: ZooRun, listener: Listener, patience: Patience) -> list[Outcome]
 def write_tables(run: ZooRun) -> None:
     """Join what the steps wrote into `tables/<table>/<zoo>.parquet`, one row source per model and variant."""
     for name, parts in table_parts(run).items():
-        done = [(labels, run.store.path(step)) for labels, step in parts if run.store.is_done(step)]
+        finished = run.store.finished([step for _, step in parts])
+        file = f"{name}.parquet"
+        done = [(labels, run.store.path(step, file)) for labels, step in parts if step.key in finished]
         collect(table_path(run, name), name, done)
+        run.store.publish(table_path(run, name))
     if any(outcome.status != "cached" for outcome in run.outcomes):  # else the last run's account stays
         rows = [
             {
@@ -131,10 +134,11 @@ def write_tables(run: ZooRun) -> None:
             for outcome in run.outcomes
         ]
         replace_table(table_path(run, "outcomes"), rows_table("outcomes", rows))
+        run.store.publish(table_path(run, "outcomes"))
 
 
 def table_path(run: ZooRun, name: str) -> Path:
-    return run.store.root / "tables" / name / f"{run.zoo.name}.parquet"
+    return run.store.place("tables", name, f"{run.zoo.name}.parquet")
 
 
 def table_parts(run: ZooRun) -> dict[TableName, list[Part]]:

@@ -16,6 +16,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def object_store(monkeypatch) -> Iterator[str]:
     """moto's S3, which the processes of this test find by their environment; yields a new bucket's URL."""
     import boto3
+    import fsspec
+    import requests
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -28,10 +30,12 @@ def object_store(monkeypatch) -> Iterator[str]:
         ("AWS_DEFAULT_REGION", "us-east-1"),
     ):
         monkeypatch.setenv(name, value)
+    requests.post(f"http://{host}:{port}/moto-api/reset")  # a process's servers share what they hold
     boto3.client("s3").create_bucket(Bucket="zoo")
     try:
         yield "s3://zoo"
     finally:
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # they know this server's port
         server.stop()
 
 

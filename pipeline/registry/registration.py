@@ -6,7 +6,6 @@ tokens it was scored on, and the variant itself as a pyfunc model, registered by
 
 import json
 import shutil
-import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ def register_variant(
     *,
     tracking_uri: str,
     artifact_root: str | None,
-    workdir: Path,
+    workdir: str,
     experiment: str,
     model_name: str,
     label: str,
@@ -68,7 +67,7 @@ def register_variant(
     tags = {
         MLFLOW_PARENT_RUN_ID: parent.info.run_id,
         EVALUATION_TAG: f"{model_name} {evaluation.name} {label}",
-        WORKDIR_TAG: f"{socket.gethostname()}:{workdir}",
+        WORKDIR_TAG: workdir,
         DETAILS_TAG: json.dumps(details, sort_keys=True),
     }
     if (earlier := registered_before(client, experiment_id, tags)) is not None:

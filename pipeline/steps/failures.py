@@ -1,7 +1,6 @@
 """An exception as an outcome: one line for the screen and the tables, and a log with all that is known of it."""
 
 import traceback
-from pathlib import Path
 
 from lorc_core.errors import LorcError, first_line
 from lorc_core.manifest import DamagedArtifactError
@@ -18,26 +17,28 @@ def step_failure(step: Step, error: Exception, store: Store) -> Outcome:
     damaged = None
     if isinstance(error, DamagedArtifactError) and error.directory.parent == store.steps:
         damaged = error.directory.name
-    return Outcome.failed(step, logged_failure(error, store.log(step.key)), damaged, passing_obstacle(error))
+        store.forget(damaged)
+    return Outcome.failed(step, logged_failure(error, step.key, store), damaged, passing_obstacle(error))
 
 
 def model_failure(name: str, model: str, error: Exception, store: Store) -> Outcome:
     """Of something that is done for each model but is no step."""
     key = f"{name}-{model}"
-    told = logged_failure(error, store.log(key))
+    told = logged_failure(error, key, store)
     return Outcome(key, name, model, None, "failed", told, obstacle=passing_obstacle(error))
 
 
-def logged_failure(error: Exception, log: Path) -> str:
-    """Write the trace of an exception to `log` and say in one line what went wrong.
+def logged_failure(error: Exception, key: str, store: Store) -> str:
+    """Write the trace of an exception to the log of `key` and say in one line what went wrong.
 
     A LorcError's message is that line. Of any other exception the line has its type and names the log, since who reads
     it will have to look there.
     """
-    where = f"trace in {log}"
+    where = f"trace in {store.log(key)}"
     try:
-        log.parent.mkdir(exist_ok=True)
+        log = store.place("logs", f"{key}.log")
         log.write_text("".join(traceback.format_exception(error)))
+        store.publish(log)
     except OSError as refused:  # a full disk may be what failed
         where = f"its trace cannot be written: {refused.strerror}"
     if isinstance(error, LorcError):

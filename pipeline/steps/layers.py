@@ -18,6 +18,7 @@ from pipeline.storage.artifacts import (
     load_bases,
     load_layer,
     load_moments,
+    moments_file,
     save_adapters,
     save_bases,
     save_digest,
@@ -48,7 +49,7 @@ class DecomposeStep(FileStep):
         from lorc_core.compression import decompose_kind
 
         source = ReadOnce(Checkpoint(self.location.files()))
-        moments = load_moments(store.paths(self.calibrated), self.layer_idx)
+        moments = load_moments(store.paths(self.calibrated, moments_file(self.layer_idx)), self.layer_idx)
         layer = KeysValues.of(
             lambda kind: decompose_kind(
                 source, self.architecture, LayerKind(self.layer_idx, kind), self.axes[kind], moments

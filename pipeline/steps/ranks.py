@@ -18,6 +18,7 @@ from pipeline.steps.layers import LayerStep
 from pipeline.steps.step import FileStep, Input, ModelStep, Place, Recipe
 from pipeline.steps.texts import WindowsStep, windows_of
 from pipeline.storage.artifacts import (
+    SPECTRA_FILE,
     load_layer,
     load_probes,
     load_ranks,
@@ -82,7 +83,7 @@ class ScheduleStep(FileStep):
 
     def run(self, output: Path, store: Store) -> None:
         probes = None if self.probes is None else load_probes(store.path(self.probes))
-        ranks_at = partial(self.schedule.ranks, load_spectra(store.paths(self.layers)), probes=probes)
+        ranks_at = partial(self.schedule.ranks, load_spectra(store.paths(self.layers, SPECTRA_FILE)), probes=probes)
         if self.kept_fraction is not None:
             save_ranks(output, ranks_at(self.kept_fraction))
             return

@@ -97,8 +97,8 @@ class RegisterStep(FileStep):
 
         version = register_variant(
             tracking_uri=self.tracking_uri,
-            artifact_root=artifact_root(self.tracking_uri, store),
-            workdir=store.root,
+            artifact_root=artifact_root(self.tracking_uri),
+            workdir=store.identity,
             experiment=self.experiment,
             model_name=self.model_name,
             label=self.label,

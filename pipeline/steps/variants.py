@@ -17,7 +17,15 @@ from pipeline.steps.layers import LayerStep, TrainStep
 from pipeline.steps.ranks import RanksStep
 from pipeline.steps.step import FileStep, Input, Pin, Place, Recipe
 from pipeline.steps.texts import CalibrateStep
-from pipeline.storage.artifacts import load_adapters, load_digest, load_layer, load_moments, load_ranks
+from pipeline.storage.artifacts import (
+    DIGEST_FILE,
+    load_adapters,
+    load_digest,
+    load_layer,
+    load_moments,
+    load_ranks,
+    moments_file,
+)
 from pipeline.storage.store import Store
 from pipeline.storage.tables import write_table
 from pipeline.zoo.sections import Dtype
@@ -53,7 +61,7 @@ class VariantStep(FileStep):
         adapters = load_adapters(store.path(self.trained)) if self.trained else {}
         adapters = {name: tensor.to(dtype) for name, tensor in adapters.items()}
         schedule = asdict(self.schedule)
-        digests = [load_digest(store.path(layer.decomposed)) for layer in self.layers]
+        digests = [load_digest(store.path(layer.decomposed, DIGEST_FILE)) for layer in self.layers]
         base = BaseModel(self.source, self.commit, model_fingerprint(self.outline, digests))
         Variant(base, self.architecture, self.method, schedule, ranks, factors, adapters).save(output)
 
@@ -75,7 +83,7 @@ class ProjectionErrorsStep(FileStep):
     def run(self, output: Path, store: Store) -> None:
         variant, checkpoint, rows = load_variant(store.path(self.variant)), Checkpoint(self.location.files()), []
         for layer_idx, layer in enumerate(variant.factors):
-            moments = load_moments(store.paths(self.calibrated), layer_idx)
+            moments = load_moments(store.paths(self.calibrated, moments_file(layer_idx)), layer_idx)
             for kind, factors in layer.items():
                 place = LayerKind(layer_idx, kind)
                 lost = projection_errors(checkpoint, variant.architecture, place, factors, moments)

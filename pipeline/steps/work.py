@@ -48,7 +48,7 @@ def run_step(step: Step, store: Store, model: "PreTrainedModel | None") -> Itera
         yield Outcome.done(step, store)
         return
     try:
-        with store.writing(store.path(step)) as scratch:
+        with store.writing(step) as scratch:
             for done, total in started_step(step, scratch, store, model) or ():
                 yield Milestone(step.key, f"{step.name} {step.model}", done, total)
         store.log(step.key).unlink(missing_ok=True)  # of an earlier attempt

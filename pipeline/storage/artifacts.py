@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # these import what loads models, for which a run that finds 
 WINDOWS_FILE = "windows.npy"
 LAYER_FILE = "layer.safetensors"
 DIGEST_FILE = "weights.sha256"
+SPECTRA_FILE = "spectra.parquet"
 BASES_FILE = "bases.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"
 PROBES_FILE = "probes.json"

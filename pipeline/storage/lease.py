@@ -20,7 +20,6 @@ from uuid import uuid4
 import psutil
 
 from lorc_core.errors import ConfigError
-from pipeline.storage.store import Store
 
 LEASE_FILE = "lease.json"
 HEARTBEAT_S = 5.0
@@ -54,22 +53,6 @@ class Holder:
             return abs(psutil.Process(self.pid).create_time() - self.process_started) > 1
         except psutil.NoSuchProcess:
             return True
-
-
-@contextmanager
-def held_store(workdir: Path) -> Iterator[Store]:
-    """The store of a work directory, held while the block runs; what dead runs left half-written in it is removed.
-
-    Args:
-        workdir: Made if absent.
-
-    Raises:
-        ConfigError: The directory is not writable, or another run holds it.
-    """
-    store = Store(workdir.resolve())
-    with lease(store.root):
-        store.remove_scratch()
-        yield store
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Finished artifacts under one work directory, each with its manifest."""
+"""Finished artifacts under one work directory, each with its manifest, and the other files of runs."""
 
 import json
 import shutil
@@ -48,17 +48,37 @@ class Store:
             raise ConfigError(f"work directory {self.root} is not writable: {error.strerror}") from error
 
     @property
+    def url(self) -> str | None:
+        """Where it is, if not in a directory."""
+        return None
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return str(self.root)
+
+    @property
+    def identity(self) -> str:
+        """Another one for every work directory in the world."""
+        return f"{socket.gethostname()}:{self.root}"
+
+    @property
     def steps(self) -> Path:
         return self.root / "steps"
 
-    def path(self, step: Keyed) -> Path:
+    def path(self, step: Keyed, *files: str) -> Path:
+        """A step's artifact on this machine: all of it or, if any are named, with those files of it."""
         return self.steps / step.key
 
-    def paths(self, steps: Sequence[Keyed]) -> list[Path]:
-        return [self.path(step) for step in steps]
+    def paths(self, steps: Sequence[Keyed], *files: str) -> list[Path]:
+        return [self.path(step, *files) for step in steps]
 
     def is_done(self, step: Keyed) -> bool:
-        return (self.path(step) / MANIFEST_FILE).is_file()
+        return (self.steps / step.key / MANIFEST_FILE).is_file()
+
+    def finished(self, steps: Sequence[Keyed]) -> set[str]:
+        """The keys of those that are done."""
+        return {step.key for step in steps if self.is_done(step)}
 
     def cost(self, step: Keyed) -> Cost:
         """Of a finished artifact.
@@ -66,15 +86,31 @@ class Store:
         Raises:
             DamagedArtifactError: It is another step's, put in its place.
         """
-        file = checked_file(self.path(step) / COST_FILE)
+        file = checked_file(self.path(step, COST_FILE) / COST_FILE)
         kept = json.loads(file.read_text())
         if (key := kept.pop("step")) != step.key:
-            raise DamagedArtifactError(self.path(step), f"{file.parent}: is the artifact of {key}")
+            raise DamagedArtifactError(self.steps / step.key, f"{file.parent}: is the artifact of {key}")
         return Cost(**kept)
+
+    def place(self, *parts: str) -> Path:
+        """Where another file of the work directory is, or goes; its folder is made."""
+        path = self.root.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def known(self, *parts: str) -> Path:
+        """A `place` with what was last published there."""
+        return self.place(*parts)
+
+    def publish(self, path: Path) -> None:
+        """Let everyone see what was written to a `place`; no need where all read the same directory."""
 
     def log(self, key: str) -> Path:
         """Where the trace of a step that failed goes, or of what there was to do before steps."""
         return self.root / "logs" / f"{key}.log"
+
+    def forget(self, key: str) -> None:
+        """Drop this machine's copy of an artifact; there is none where all read the same directory."""
 
     def put_aside(self, key: str) -> Path:
         """Move a damaged artifact out of the way, so that its step is run again; returns where it is now."""
@@ -83,14 +119,18 @@ class Store:
         (self.steps / key).rename(aside)
         return aside
 
+    def finish(self, path: Path) -> None:
+        """Let everyone see a new artifact; no need where all read the same directory."""
+
     def remove_scratch(self) -> None:
         """Remove what steps were writing when their run died; only while no other run uses the directory."""
         for scratch in self.steps.glob(".*"):
             shutil.rmtree(scratch, ignore_errors=True)
 
     @contextmanager
-    def writing(self, path: Path) -> Iterator[Path]:
-        """A scratch directory that becomes `path`, whole, with its cost and manifest, if the block does not raise."""
+    def writing(self, step: Keyed) -> Iterator[Path]:
+        """A scratch directory that becomes the step's artifact, with cost and manifest, if the block does not raise."""
+        path = self.steps / step.key
         scratch = path.parent / f".{path.name}-{uuid4().hex}"
         scratch.mkdir()
         started = time.perf_counter()
@@ -99,8 +139,9 @@ class Store:
             cost = Cost(time.perf_counter() - started, socket.gethostname())
             (scratch / COST_FILE).write_text(json.dumps({"step": path.name, **asdict(cost)}))
             write_manifest(scratch)
-            if not (path / MANIFEST_FILE).is_file():  # else another worker was faster: what is finished stays
+            if not self.is_done(step):  # else another worker was faster: what is finished stays
                 shutil.rmtree(path, ignore_errors=True)
                 scratch.rename(path)
+                self.finish(path)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

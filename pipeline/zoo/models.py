@@ -55,13 +55,13 @@ def resolve(entry: ModelEntry, store: Store, *, fetch_missing: bool = True) -> R
     config = read_config(directory, trust_remote_code=entry.trust_remote_code)
     architecture = architecture_of(config)
     outline, content = content_of(checkpoint, store)
-    note = store.root / "whole" / f"{outline}-transformers-{transformers_version}"
+    note = store.known("whole", f"{outline}-transformers-{transformers_version}")
     if not note.exists():  # the look imports the model's class, for which a run that finds all done need not wait
         from lorc_core.model.stored.integrity import check_checkpoint
 
         check_checkpoint(checkpoint, config, trust_remote_code=entry.trust_remote_code)
-        note.parent.mkdir(exist_ok=True)
         note.touch()
+        store.publish(note)
     return ResolvedModel(
         entry=entry,
         location=location,
@@ -80,7 +80,7 @@ def content_of(checkpoint: Checkpoint, store: Store) -> tuple[str, str]:
     the outline's samples would not move it, so then the identity tells when they were written too.
     """
     files = checkpoint.files
-    note = store.root / "models" / f"{hashlib.sha256(files.url.encode()).hexdigest()[:20]}.json"
+    note = store.known("models", f"{hashlib.sha256(files.url.encode()).hexdigest()[:20]}.json")
     stamps = {name: files.stamp(name) for name in ("config.json", *checkpoint.headers)}
     known = json.loads(note.read_text()) if note.is_file() else {}
     if known.get("stamps") == stamps:
@@ -88,10 +88,10 @@ def content_of(checkpoint: Checkpoint, store: Store) -> tuple[str, str]:
     content = outline = checkpoint.outline
     if known.get("outline") == outline:
         content = hashlib.sha256(json.dumps([outline, stamps], sort_keys=True).encode()).hexdigest()
-    note.parent.mkdir(exist_ok=True)
     partial = note.with_suffix(f".{uuid4().hex}")
     partial.write_text(json.dumps({"url": files.url, "outline": outline, "content": content, "stamps": stamps}))
     partial.rename(note)
+    store.publish(note)
     return outline, content
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from lorc_core.errors import ConfigError
 from pipeline.storage import lease as lease_module
-from pipeline.storage.lease import LEASE_FILE, Holder, held_store, lease
+from pipeline.storage.holding import held_store
+from pipeline.storage.lease import LEASE_FILE, Holder, lease
 from pipeline.zoo.file import load_zoo
 
 HOLD = "import sys, time; from pathlib import Path; from pipeline.storage.lease import lease\nwith lease(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"

@@ -169,7 +169,7 @@ def test_a_bug_of_the_runner_stops_the_job(tmp_path):
 
 def test_an_artifact_appears_whole_with_its_manifest(tmp_path):
     store = Store(tmp_path)
-    with store.writing(store.path(step())) as scratch:
+    with store.writing(step()) as scratch:
         (scratch / "a.txt").write_text("a")
         assert not store.is_done(step())
     assert store.is_done(step())
@@ -191,7 +191,7 @@ def test_the_cost_of_an_artifact_is_kept_with_it(tmp_path):
 
 def test_a_failed_write_leaves_nothing(tmp_path):
     store = Store(tmp_path)
-    with pytest.raises(RuntimeError, match="half"), store.writing(store.path(step())) as scratch:
+    with pytest.raises(RuntimeError, match="half"), store.writing(step()) as scratch:
         (scratch / "a.txt").write_text("a")
         raise RuntimeError("half way")
     assert list(store.steps.iterdir()) == []
@@ -201,7 +201,7 @@ def test_a_finished_artifact_is_never_replaced(tmp_path):
     """Two runs on one work directory may do the same step; readers of the first keep their files."""
     store = Store(tmp_path)
     for content in ("first", "second"):
-        with store.writing(store.path(step())) as scratch:
+        with store.writing(step()) as scratch:
             (scratch / "a.txt").write_text(content)
     assert (store.path(step()) / "a.txt").read_text() == "first"
     assert len(list(store.steps.iterdir())) == 1
@@ -210,7 +210,7 @@ def test_a_finished_artifact_is_never_replaced(tmp_path):
 def test_an_artifact_without_its_manifest_is_written_again(tmp_path):
     store = Store(tmp_path)
     for content in ("old", "new"):
-        with store.writing(store.path(step())) as scratch:
+        with store.writing(step()) as scratch:
             (scratch / "a.txt").write_text(content)
         if content == "old":
             (store.path(step()) / "manifest.json").unlink()
