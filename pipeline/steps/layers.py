@@ -36,7 +36,7 @@ class DecomposeStep(FileStep):
     """One layer's full-rank nested factors and spectra, from its weights and what calibration measured of it."""
 
     name = "decompose"
-    revision = 6
+    revision = 7
 
     axes: Recipe[KeysValues[Axes]]
     layer_idx: Recipe[int]
@@ -56,7 +56,7 @@ class DecomposeStep(FileStep):
             )
         )
         save_layer(output, self.layer_idx, layer)
-        save_digest(output, layer_digest(source, self.architecture, self.layer_idx))
+        save_digest(output, self.content, self.layer_idx, layer_digest(source, self.architecture, self.layer_idx))
 
     @property
     def decomposed(self) -> "DecomposeStep":

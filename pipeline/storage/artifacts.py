@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # these import what loads models, for which a run that finds 
 
 WINDOWS_FILE = "windows.npy"
 LAYER_FILE = "layer.safetensors"
-DIGEST_FILE = "weights.sha256"
+DIGEST_FILE = "weights.json"
 SPECTRA_FILE = "spectra.parquet"
 BASES_FILE = "bases.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"
@@ -85,13 +85,20 @@ def save_layer(output: Path, layer_idx: int, layer: LayerDecomposition) -> None:
     write_table(output, "spectra", rows)
 
 
-def save_digest(output: Path, digest: str) -> None:
-    """Of the weights that a layer was decomposed from."""
-    (output / DIGEST_FILE).write_text(digest)
+def save_digest(output: Path, content: str, layer_idx: int, digest: str) -> None:
+    """Of the weights that a layer was decomposed from, with the identity that the model had."""
+    (output / DIGEST_FILE).write_text(json.dumps({"content": content, "layer_idx": layer_idx, "digest": digest}))
 
 
 def load_digest(directory: Path) -> str:
-    return checked_file(directory / DIGEST_FILE).read_text()
+    digest: str = json.loads(checked_file(directory / DIGEST_FILE).read_text())["digest"]
+    return digest
+
+
+def known_digests(steps: Path, content: str) -> dict[int, str]:
+    """By layer, the digests of a model's weights when they were decomposed, as far as the artifacts in `steps` tell."""
+    kept = (json.loads(file.read_text()) for file in steps.glob(f"*/{DIGEST_FILE}"))
+    return {digest["layer_idx"]: digest["digest"] for digest in kept if digest["content"] == content}
 
 
 def load_layer(directory: Path) -> LayerDecomposition:

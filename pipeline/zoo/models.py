@@ -13,6 +13,8 @@ from lorc_core.errors import ConfigError
 from lorc_core.model.architecture import Architecture, architecture_of
 from lorc_core.model.stored.checkpoint import Checkpoint, read_config
 from lorc_core.model.stored.locations import ModelLocation, locate
+from lorc_core.model.stored.weights import layer_digest
+from pipeline.storage.artifacts import known_digests
 from pipeline.storage.store import Store
 from pipeline.zoo.sections import ModelEntry
 
@@ -54,7 +56,7 @@ def resolve(entry: ModelEntry, store: Store, *, fetch_missing: bool = True) -> R
     checkpoint = Checkpoint(location.files())
     config = read_config(directory, trust_remote_code=entry.trust_remote_code)
     architecture = architecture_of(config)
-    outline, content = content_of(checkpoint, store)
+    outline, content = content_of(checkpoint, architecture, store)
     note = store.known("whole", f"{outline}-transformers-{transformers_version}")
     if not note.exists():  # the look imports the model's class, for which a run that finds all done need not wait
         from lorc_core.model.stored.integrity import check_checkpoint
@@ -73,11 +75,12 @@ def resolve(entry: ModelEntry, store: Store, *, fetch_missing: bool = True) -> R
     )
 
 
-def content_of(checkpoint: Checkpoint, store: Store) -> tuple[str, str]:
+def content_of(checkpoint: Checkpoint, architecture: Architecture, store: Store) -> tuple[str, str]:
     """A checkpoint's outline, and its identity for the steps that read its weights.
 
     The two are the same unless the files were written again in place since the store first saw them: an edit between
-    the outline's samples would not move it, so then the identity tells when they were written too.
+    the outline's samples would not move it. So then all layers that were decomposed are hashed again; where one is
+    another now, or none was decomposed, the identity tells when the files were written, too.
     """
     files = checkpoint.files
     note = store.known("models", f"{hashlib.sha256(files.url.encode()).hexdigest()[:20]}.json")
@@ -87,7 +90,10 @@ def content_of(checkpoint: Checkpoint, store: Store) -> tuple[str, str]:
         return known["outline"], known["content"]
     content = outline = checkpoint.outline
     if known.get("outline") == outline:
-        content = hashlib.sha256(json.dumps([outline, stamps], sort_keys=True).encode()).hexdigest()
+        digests = known_digests(store.steps, known["content"])
+        same = (layer_digest(checkpoint, architecture, layer_idx) == digest for layer_idx, digest in digests.items())
+        rewritten = hashlib.sha256(json.dumps([outline, stamps], sort_keys=True).encode()).hexdigest()
+        content = known["content"] if digests and all(same) else rewritten
     partial = note.with_suffix(f".{uuid4().hex}")
     partial.write_text(json.dumps({"url": files.url, "outline": outline, "content": content, "stamps": stamps}))
     partial.rename(note)

@@ -30,7 +30,7 @@ def upload(directory, prefix):
 
 def lorc(*arguments, **environment):
     command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "0"} | environment
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "RAY_ADDRESS": ""} | environment  # a Ray of its own
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 

@@ -9,11 +9,15 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.manifest import check_manifest
 from lorc_core.methods import Axes
 from lorc_core.model.kinds import KeysValues
+from lorc_core.model.stored.checkpoint import Checkpoint
+from lorc_core.model.stored.weights import layer_digest
 from lorc_core.ranks.schedules import Sensitivity
 from pipeline.steps.graph import model_steps
 from pipeline.steps.outcome import Listener, Outcome
@@ -21,11 +25,21 @@ from pipeline.steps.ranks import SearchStep
 from pipeline.steps.runner import run_steps
 from pipeline.steps.step import FileStep, Input, ModelLoad, ModelStep, Pin, Place, Recipe, Step, distinct
 from pipeline.steps.work import run_group
+from pipeline.storage.artifacts import save_digest
 from pipeline.storage.store import Store
 from pipeline.zoo.file import load_zoo
 from pipeline.zoo.models import resolve
-from pipeline.zoo.sections import Cluster
+from pipeline.zoo.sections import Cluster, ModelEntry
+from tests.models import save_tiny_model
 from tests.paths import REPOSITORY
+
+WIDE = {
+    "hidden_size": 512,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "vocab_size": 1000,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +128,8 @@ def test_identities_are_those_of_finished_work_directories(tmp_path):
     zoo = load_zoo(REPOSITORY / "examples" / "demo.yaml")
     steps = model_steps(zoo, resolve(zoo.models[0], Store(tmp_path)), "sqlite://")
     assert steps.windows[0].key == "windows-5cb2f693831a727baaff"
-    assert steps.decompose["lorc"][0].key == "decompose-0f439f420cac944d78fc"
-    assert steps.variants[0].schedule.key == "schedule-f52e2e4d59d5e41bc342"
+    assert steps.decompose["lorc"][0].key == "decompose-eb36fde9664fbb5c501b"
+    assert steps.variants[0].schedule.key == "schedule-80d4c6687aaf0c35323f"
 
 
 def test_distinct_orders_inputs_first_and_keeps_each_once():
@@ -222,3 +236,32 @@ def test_a_work_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"work directory .* is not writable"):
         Store(tmp_path / "file" / "work")
+
+
+def test_a_model_that_was_only_touched_is_the_same_and_one_edited_between_the_samples_is_not(tmp_path):
+    directory, store = tmp_path / "model", Store(tmp_path / "work")
+    save_tiny_model("llama", directory)
+    LlamaForCausalLM(LlamaConfig(**WIDE)).save_pretrained(directory)
+    entry = ModelEntry(name="wide", source=str(directory), dtype="float32")
+
+    def content():
+        return resolve(entry, store).content
+
+    first = content()
+    assert content() == first
+    checkpoint, architecture = Checkpoint(directory), resolve(entry, store).architecture
+    for layer_idx in range(architecture.num_layers):
+        with store.writing(step(layer_idx)) as scratch:
+            save_digest(scratch, first, layer_idx, layer_digest(checkpoint, architecture, layer_idx))
+    weights = directory / "model.safetensors"
+    os.utime(weights)
+    assert content() == first
+    tensors = load_file(weights)
+    outline = Checkpoint(directory).outline
+    tensors["model.layers.1.self_attn.k_proj.weight"][100, 3] += 1
+    save_file(tensors, weights, {"format": "pt"})
+    assert Checkpoint(directory).outline == outline, "the edit is not between the samples"
+    edited = content()
+    assert edited != first
+    assert content() == edited
+    assert resolve(entry, Store(tmp_path / "another")).content == outline
