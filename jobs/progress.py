@@ -25,6 +25,13 @@ class StepProgress(Watch):
     @contextmanager
     def shown(self) -> Iterator["StepProgress"]:
         """While the block runs."""
+        if not self.screen.is_terminal:
+            try:
+                yield self
+            finally:
+                self.end(None)
+                self.screen.print(self.view())
+            return
         with Live(console=self.screen, get_renderable=self.view, refresh_per_second=A_SECOND):
             try:
                 yield self

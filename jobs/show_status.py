@@ -26,7 +26,7 @@ def show_status(workdir: str, *, watch: bool) -> int:
     look, screen = Look(workdir), console()
     status, held = seen(look)
     if watch and is_running(status, held):
-        with Live(console=screen, auto_refresh=False) as live:
+        with Live(console=screen, auto_refresh=False, transient=True) as live:
             while is_running(status, held):
                 live.update(StatusView(status, time.time(), is_live=True), refresh=True)
                 time.sleep(EVERY_S)

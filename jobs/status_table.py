@@ -46,7 +46,8 @@ class StatusView:
         shown = [name for state in ("failed", "running") for name in models if models[name].state == state]
         kept = set(shown[: max(room - 1, 1)])
         yield models_table(models, [name for name in models if name in kept])
-        yield Text(others_line([model for name, model in models.items() if name not in kept]), style="dim")
+        others = [model for name, model in models.items() if name not in kept]
+        yield Text(others_line(others, "others" if kept else "models"), style="dim")
 
 
 def models_table(models: dict[str, ModelStatus], names: Sequence[str]) -> FittedTable:
@@ -74,9 +75,9 @@ def cell(count: Count) -> Text:
     return Text(f"{figures}-" if count.skipped else f"{figures} ")
 
 
-def others_line(others: Sequence[ModelStatus]) -> str:
+def others_line(others: Sequence[ModelStatus], what: str) -> str:
     count = Counter(model.state for model in others)
-    return f"{len(others)} others: " + ", ".join(f"{count[state]} {state}" for state in STATES if count[state])
+    return f"{len(others)} {what}: " + ", ".join(f"{count[state]} {state}" for state in STATES if count[state])
 
 
 def time_lines(status: Status, now: float) -> Iterator[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 from rich.console import Console
 
+from jobs.progress import StepProgress
 from jobs.screen import duration
 from jobs.status_table import StatusView
 from lorc_core.errors import ArtifactError
@@ -206,3 +207,20 @@ def test_a_model_that_cannot_be_read_is_a_failure_of_its_own_row():
     assert list(told.models) == ["gone", "small"]
     assert told.models["gone"].stages == {"texts": Count(1, failed=1)}
     assert told.models["gone"].state == "failed"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_failures_and_notes_are_told_as_they_come_and_the_table_once_more_at_the_end(terminal):
+    screen = Console(width=80, height=24, file=io.StringIO(), force_terminal=terminal, color_system=None)
+    with StepProgress(screen).shown() as progress:
+        progress.plan(PLAN)
+        progress.note("d-1 was damaged")
+        progress.record(outcome(PLAN[2], "failed", error="disk [full]"))
+        before = screen.file.getvalue()
+    lines = screen.file.getvalue().splitlines()
+    assert "small lorc-0.5: evaluate: disk [full]" in before
+    assert "note: d-1 was damaged" in before
+    assert "0 s, 1 failure" in lines[-1 - terminal]
+    assert screen.file.getvalue().endswith("\n") or terminal
+    assert ("\x1b" in screen.file.getvalue()) == terminal
+    assert terminal or sum("✗ small" in line for line in lines) == 1
