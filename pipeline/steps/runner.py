@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from lorc_core.errors import ConfigError, first_line
-from pipeline.steps.outcome import Listener, Milestone, Outcome
+from pipeline.steps.outcome import Began, Listener, Milestone, Outcome, Told
 from pipeline.steps.step import Need, Step
 from pipeline.storage.store import Store
 from pipeline.zoo.sections import Cluster
@@ -98,7 +98,7 @@ def check_reachable(address: str) -> None:
 
 
 @ray.remote(num_returns="streaming")
-def remote_group(steps: Sequence[Step], store: Store, num_threads: int) -> Iterator[Outcome | Milestone]:
+def remote_group(steps: Sequence[Step], store: Store, num_threads: int) -> Iterator[Told]:
     """`run_group` in a worker."""
     import torch
 
@@ -251,8 +251,11 @@ class Work:
         for step in steps:
             self.record(Outcome.failed(step, error, obstacle=obstacle))
 
-    def record(self, told: Outcome | Milestone) -> None:
+    def record(self, told: Told) -> None:
         """Note an outcome; tell what came."""
+        if isinstance(told, Began):
+            self.listener.begin(told)
+            return
         if isinstance(told, Milestone):
             self.listener.advance(told)
             return
