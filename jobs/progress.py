@@ -30,18 +30,20 @@ class ShownProgress(Following):
     def shown(self) -> Iterator["ShownProgress"]:
         """While the block runs."""
         at_work = True
-        with Live(
+        live = Live(
             get_renderable=lambda: RunTable(self.state, at_work=at_work),
             console=self.screen,
             refresh_per_second=REFRESHES_PER_S,
             vertical_overflow="crop",
-        ):
-            try:
-                yield self
-            finally:
-                at_work = False
-        if not self.screen.is_interactive:  # rich ends the table without a new line there
-            self.screen.print()
+        )
+        live.start()
+        try:
+            yield self
+        finally:
+            at_work = False
+            live.stop()
+            if not self.screen.is_interactive:  # rich ends the table without a new line there
+                self.screen.print()
 
     def note(self, line: str) -> None:
         """A line above the table, which stays."""
