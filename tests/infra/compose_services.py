@@ -152,7 +152,9 @@ class Services:
 
     def start_objects(self):
         command = ["moto_server", "-H", "127.0.0.1", "-p", self.ports["8333"]]
-        self.start("objects", command, lambda: is_there(f"{self.url('8333')}/moto-api/"), env=self.environment("objects"))
+        self.start(
+            "objects", command, lambda: is_there(f"{self.url('8333')}/moto-api/"), env=self.environment("objects")
+        )
 
     def start_mlflow(self):
         environment = self.environment("mlflow")
