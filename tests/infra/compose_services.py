@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import requests
@@ -34,13 +35,13 @@ def example_settings(**given):
 
 
 def substituted(value, settings):
-    """`${NAME:?}` replaced, in any depth; a name that is not set is an error, as it is for docker compose."""
+    """`${NAME:?}` and `${NAME?}` replaced, in any depth; a name that is not set is an error, as for docker compose."""
     if isinstance(value, dict):
         return {name: substituted(inner, settings) for name, inner in value.items()}
     if isinstance(value, list):
         return [substituted(inner, settings) for inner in value]
     if isinstance(value, str):
-        return re.sub(r"\$\{(\w+):\?\}", lambda found: settings[found[1]], value)
+        return re.sub(r"\$\{(\w+):?\?\}", lambda found: settings[found[1]], value)
     return value
 
 
@@ -145,28 +146,28 @@ class Services:
         port = self.ports["5432"]
         at = ["-h", "127.0.0.1", "-p", port, "-k", str(data)]
         ready = [programs / "pg_isready", "-h", "127.0.0.1", "-p", port]
-        answers = lambda: subprocess.run(ready, stdout=subprocess.DEVNULL).returncode == 0  # noqa: E731
-        self.start("postgres", [programs / "postgres", "-D", data, *at], answers, **account)
+        self.start("postgres", [programs / "postgres", "-D", data, *at], partial(succeeds, ready), **account)
         create = [programs / "createdb", "-h", "127.0.0.1", "-p", port, "-U", user, asked["POSTGRES_DB"]]
         subprocess.run(create, check=True, env={"PGPASSWORD": asked["POSTGRES_PASSWORD"]})
 
     def start_objects(self):
         command = ["moto_server", "-H", "127.0.0.1", "-p", self.ports["8333"]]
-        self.start(
-            "objects", command, lambda: is_there(f"{self.url('8333')}/moto-api/"), env=self.environment("objects")
-        )
+        self.start_server("objects", command, f"{self.url('8333')}/moto-api/")
 
     def start_mlflow(self):
-        environment = self.environment("mlflow")
-        self.start("mlflow", self.command("mlflow"), lambda: is_there(f"{self.url('5000')}/health"), env=environment)
+        self.start_server("mlflow", self.command("mlflow"), f"{self.url('5000')}/health")
 
     def start_ray(self):
         """With ports of its own for all that listens: other clusters may be on this machine."""
-        environment = self.environment("ray-head")
-        command = [*self.command("ray-head"), f"--ray-client-server-port={free_port()}"]
-        command += [f"--dashboard-agent-listen-port={free_port()}"]
-        answers = lambda: is_there(f"{self.url('8265')}/api/gcs_healthz")  # noqa: E731
-        self.start("ray-head", command, answers, env=environment)
+        more = [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+        self.start_server("ray-head", self.command("ray-head") + more, f"{self.url('8265')}/api/gcs_healthz")
+
+    def start_server(self, name, command, page):
+        self.start(name, command, partial(is_there, page), env=self.environment(name))
+
+
+def succeeds(command):
+    return subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
 
 
 def is_there(url):

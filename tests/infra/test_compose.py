@@ -37,12 +37,14 @@ def test_a_setting_that_is_missing_is_an_error():
     del settings["RAY_AUTH_TOKEN"]
     with pytest.raises(KeyError, match="RAY_AUTH_TOKEN"):
         read_compose(settings)
-    assert set(re.findall(r"\$\{\w+(.*?)\}", COMPOSE.read_text())) == {":?"}
+    assert set(re.findall(r"\$\{\w+(.*?)\}", COMPOSE.read_text())) == {":?", "?"}, "a default value"
 
 
 def test_secrets_are_empty_in_the_example_and_git_ignores_the_copy():
     empty = re.findall(r"^(\w+)=$", ENVIRONMENT.read_text(), re.MULTILINE)
-    assert empty == ["RAY_AUTH_TOKEN", "POSTGRES_PASSWORD", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY"]
+    assert empty == ["RAY_AUTH_TOKEN", "POSTGRES_PASSWORD", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY", "HF_TOKEN"]
+    needed = re.findall(r"\$\{(\w+):\?\}", COMPOSE.read_text())  # an empty value of these is an error
+    assert set(empty) - set(needed) == {"HF_TOKEN"}
     ignored = (REPOSITORY / ".gitignore").read_text().splitlines()
     assert str(ENVIRONMENT.with_suffix("").relative_to(REPOSITORY)) in ignored
 
