@@ -148,28 +148,6 @@ def export(
 
 
 @app.command()
-def status(
-    workdir: Annotated[str, typer.Argument(metavar="[WORKDIR]", help="A directory, or a URL.")] = WORKDIR,
-) -> None:
-    """Show how far the run in a work directory is, while it goes on and after; exit code 1 if something failed."""
-    from jobs.show_status import show_status
-
-    raise typer.Exit(show_status(workdir))
-
-
-@app.command()
-def logs(
-    workdir: Annotated[str, typer.Argument(metavar="WORKDIR", help="A directory, or a URL.")],
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="As the zoo file calls it.")],
-    variant: Annotated[str | None, typer.Argument(metavar="[VARIANT]", help="As the tables call it.")] = None,
-) -> None:
-    """Show why steps of a model failed in the last run: their traces."""
-    from jobs.show_logs import show_logs
-
-    raise typer.Exit(show_logs(workdir, model, variant))
-
-
-@app.command()
 def methods() -> None:
     """List the presets with their axes and sources."""
     from jobs.show_methods import show_methods

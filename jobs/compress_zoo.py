@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from jobs.progress import ShownProgress
+from jobs.progress import StepProgress
 from jobs.results_table import results_table
 from jobs.screen import console
 from jobs.stopping import stoppable
@@ -26,7 +26,7 @@ def compress_zoo(zoo: Zoo, workdir: str, until: Until) -> int:
     screen = console()
     for caution in cautions(zoo.parts):
         screen.print(f"[yellow]caution:[/yellow] {caution}")
-    with stoppable(screen, workdir), ShownProgress(screen, zoo.name).shown() as progress:
+    with stoppable(screen, workdir), StepProgress(screen).shown() as progress:
         done = run_zoo(zoo, workdir, until=until, listener=progress)
     scored, missing = results(done), unscored(done)
     if scored or missing:

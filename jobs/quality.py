@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.progress import ShownProgress
+from jobs.progress import StepProgress
 from jobs.screen import console
 from lorc_core.errors import ConfigError
 from lorc_core.methods import METHODS, Method
@@ -186,7 +186,7 @@ def main(workdir: Path = Path("lorc-work/quality")) -> None:
     screen = console()
     runs = []
     for sample in SAMPLES:
-        with ShownProgress(screen, sample.name).shown() as progress:
+        with StepProgress(screen).shown() as progress:
             done = run_zoo(quality_zoo(sample), workdir, until="evaluate", listener=progress)
         runs.append((sample, done))
     PAGE.write_text(quality_page(runs))

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from jobs.command import run_command
 from jobs.fitted_table import Column, FittedTable
-from jobs.progress import ShownProgress
+from jobs.progress import StepProgress
 from jobs.screen import console
 from jobs.stopping import stoppable
 from pipeline.registry.tracking import default_tracking_uri
@@ -22,7 +22,7 @@ def regress_champions(names: list[str], address: str | None, workdir: str) -> in
         The exit code: 1 if a champion fell or could not be evaluated, else 0.
     """
     screen = console()
-    with stoppable(screen, workdir), ShownProgress(screen, "champions").shown() as progress:
+    with stoppable(screen, workdir), StepProgress(screen).shown() as progress:
         uri = default_tracking_uri(None, workdir)
         verdicts = regress(uri, names, Cluster(address=address), workdir, progress)
     if any(verdict.rows for verdict in verdicts):

@@ -5,7 +5,7 @@ from itertools import groupby
 from string import ascii_lowercase
 
 from jobs.fitted_table import Column, FittedTable
-from jobs.progress import ShownProgress
+from jobs.progress import StepProgress
 from jobs.screen import console
 from jobs.stopping import stoppable
 from pipeline.spectrum import LayerChoice, ModelSpectrum, SpectrumRow, model_spectra
@@ -18,7 +18,7 @@ VARIANTS_ABREAST = 8  # in one table: their columns have letters, since names wo
 def show_spectrum(zoo: Zoo, workdir: str) -> int:
     """Print the tables. Returns the exit code: 1 if a step failed, else 0."""
     screen = console()
-    with stoppable(screen, workdir), ShownProgress(screen, zoo.name).shown() as progress:
+    with stoppable(screen, workdir), StepProgress(screen).shown() as progress:
         spectra, failures = model_spectra(zoo, workdir, progress)
     for spectrum in spectra:
         for method, rows in groupby(spectrum.rows, key=lambda row: row.method):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from lorc_core.manifest import DamagedArtifactError
-from pipeline.steps.outcome import Began, Listener, Milestone, Outcome
+from pipeline.steps.outcome import Listener, Milestone, Outcome
 from pipeline.steps.step import Step, distinct
 from pipeline.storage.store import Store
 from pipeline.waiting import Patience
@@ -89,9 +89,6 @@ class StepsRun(Listener):
         if outcome.key not in self.told:
             self.told.add(outcome.key)
             self.listener.record(outcome)
-
-    def begin(self, began: Began) -> None:
-        self.listener.begin(began)
 
     def advance(self, reached: Milestone) -> None:
         self.listener.advance(reached)

@@ -8,7 +8,6 @@ from typing import Literal
 
 from pipeline.candidates import choose_candidates
 from pipeline.registry.tracking import default_tracking_uri
-from pipeline.status.following import StatusFile
 from pipeline.steps.failures import model_failure
 from pipeline.steps.graph import ModelSteps, model_steps
 from pipeline.steps.outcome import Listener, Outcome
@@ -88,19 +87,20 @@ def run_zoo(zoo: Zoo, workdir: Path | str, *, until: Until = "register", listene
         ConfigError: The work directory is not writable, another run is using it, or there is no Ray at the address.
         OSError: The tables cannot be written.
     """
-    with held_store(workdir) as store, StatusFile(zoo.name, store, listener or Listener()) as following:
-        patience = Patience(zoo.cluster.wait_s, following.note)
-        models, failed = plan_steps(zoo, store, following, patience)
+    listener = listener or Listener()
+    patience = Patience(zoo.cluster.wait_s, listener.note)
+    with held_store(workdir) as store:
+        models, failed = plan_steps(zoo, store, listener, patience)
 
         def finish(outcomes: list[Outcome]) -> ZooRun:
             run = ZooRun(zoo, store, tuple(models), (*failed, *outcomes))
             if until == "register":
-                run = replace(run, outcomes=(*run.outcomes, *choose(run, following, patience)))
-            following.phase("writing the tables")
+                run = replace(run, outcomes=(*run.outcomes, *choose(run, listener, patience)))
+            listener.phase("writing the tables")
             patience.until_possible(partial(write_tables, run))
             return run
 
-        return StepsRun(zoo.cluster, store, wanted_steps(models, until), following, patience).then(finish)
+        return StepsRun(zoo.cluster, store, wanted_steps(models, until), listener, patience).then(finish)
 
 
 def choose(run: ZooRun, listener: Listener, patience: Patience) -> list[Outcome]:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.steps.step import Step
-from pipeline.storage.cost import Cost
-from pipeline.storage.store import Store
+from pipeline.storage.store import Cost, Store
 
 Status = Literal["ran", "cached", "failed", "skipped"]
 
@@ -22,7 +21,7 @@ class Outcome:
         variant: Its label, or "baseline"; None of a step that variants share.
         status: "skipped" where an input failed.
         error: One line; of a skipped step, that of the input.
-        cost: Of its artifact, whichever run made it; of a step that failed, of the attempt; None where it is not known.
+        cost: Of its artifact, whichever run made it; None where there is none.
         damaged: The artifact that was not what its manifest says, where that is why the step failed or was skipped; it
             can be made again.
         obstacle: What was in the way, where that is why and it may pass by itself.
@@ -69,18 +68,6 @@ class Milestone:
     total: int
 
 
-@dataclass(frozen=True)
-class Began:
-    """A step runs from now on: `at` in seconds since 1970, by the clock of its host."""
-
-    key: str
-    host: str
-    at: float
-
-
-Told = Outcome | Milestone | Began  # what comes from where steps run
-
-
 class Listener:
     """Whoever wants to know how a run goes on, a screen say; a subclass has what it listens for do something."""
 
@@ -89,9 +76,6 @@ class Listener:
 
     def record(self, outcome: Outcome) -> None:
         """What came of a step, as it comes; one for each."""
-
-    def begin(self, began: Began) -> None:
-        """A step runs from now on."""
 
     def advance(self, reached: Milestone) -> None:
         """How far a long step has come."""

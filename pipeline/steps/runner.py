@@ -22,7 +22,7 @@ from ray._private.state import state
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from lorc_core.errors import ConfigError, first_line
-from pipeline.steps.outcome import Began, Listener, Milestone, Outcome, Told
+from pipeline.steps.outcome import Listener, Milestone, Outcome
 from pipeline.steps.step import Need, Step
 from pipeline.storage.store import Store
 from pipeline.zoo.sections import Cluster
@@ -99,7 +99,7 @@ def check_reachable(address: str) -> None:
 
 
 @ray.remote(num_returns="streaming")
-def remote_group(steps: Sequence[Step], store: Store, num_threads: int) -> Iterator[Told]:
+def remote_group(steps: Sequence[Step], store: Store, num_threads: int) -> Iterator[Outcome | Milestone]:
     """`run_group` in a worker."""
     import torch
 
@@ -263,11 +263,8 @@ class Work:
         for step in steps:
             self.record(Outcome.failed(step, error, obstacle=obstacle))
 
-    def record(self, told: Told) -> None:
+    def record(self, told: Outcome | Milestone) -> None:
         """Note an outcome; tell what came."""
-        if isinstance(told, Began):
-            self.listener.begin(told)
-            return
         if isinstance(told, Milestone):
             self.listener.advance(told)
             return

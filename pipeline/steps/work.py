@@ -1,25 +1,21 @@
 """Steps at work, in a Ray worker or in the driver: each writes a scratch directory that becomes its artifact."""
 
 import shutil
-import socket
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.steps.failures import step_failure
-from pipeline.steps.outcome import Began, Milestone, Outcome, Told
+from pipeline.steps.outcome import Milestone, Outcome
 from pipeline.steps.step import FileStep, ModelStep, Progress, Step
-from pipeline.storage.cost import Meter
 from pipeline.storage.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def run_group(steps: Sequence[Step], store: Store) -> Iterator[Told]:
+def run_group(steps: Sequence[Step], store: Store) -> Iterator[Outcome | Milestone]:
     """Run steps of one group in turn, yielding outcomes, and progress, as they come; they share one loaded model.
 
     Whatever a step raises, foreseen or not, is its outcome: one model must not cost the others their night. This is
@@ -46,13 +42,11 @@ def shared_model(step: Step) -> "AbstractContextManager[PreTrainedModel | None]"
     return loaded_model(directory, step.loads.dtype, trust_remote_code=step.loads.trust_remote_code)
 
 
-def run_step(step: Step, store: Store, model: "PreTrainedModel | None") -> Iterator[Told]:
+def run_step(step: Step, store: Store, model: "PreTrainedModel | None") -> Iterator[Outcome | Milestone]:
     """Run a step, yielding its progress and last its outcome."""
     if store.is_done(step):  # by an earlier attempt whose worker was lost
         yield Outcome.done(step, store)
         return
-    yield Began(step.key, socket.gethostname(), time.time())
-    meter = Meter()
     try:
         with store.writing(step) as scratch:
             for done, total in started_step(step, scratch, store, model) or ():
@@ -62,7 +56,7 @@ def run_step(step: Step, store: Store, model: "PreTrainedModel | None") -> Itera
             shutil.rmtree(resume_dir, ignore_errors=True)
         outcome = Outcome.done(step, store)
     except Exception as error:  # noqa: BLE001  see `run_group`
-        outcome = replace(step_failure(step, error, store), cost=meter.cost(store.attempts(step)))
+        outcome = step_failure(step, error, store)
     yield outcome
 
 

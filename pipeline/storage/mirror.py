@@ -23,8 +23,7 @@ import fsspec
 from lorc_core.errors import ConfigError, first_line
 from lorc_core.manifest import MANIFEST_FILE, read_manifest
 from lorc_core.model.stored.files import cache_directory
-from pipeline.storage.cost import Cost
-from pipeline.storage.store import Keyed, Store
+from pipeline.storage.store import Cost, Keyed, Store
 
 
 @dataclass(frozen=True)
@@ -162,12 +161,6 @@ class Named:
     key: str
 
 
-def mirrored(url: str) -> MirroredStore:
-    """The store of a URL, which may not be there."""
-    url = url.rstrip("/")
-    return MirroredStore(cache_directory() / "work" / hashlib.sha256(url.encode()).hexdigest()[:20], url)
-
-
 def open_store(workdir: Path | str) -> Store:
     """The store of a work directory, which is a directory, made if absent, or a URL.
 
@@ -176,8 +169,8 @@ def open_store(workdir: Path | str) -> Store:
     """
     if "://" not in str(workdir):
         return Store(Path(workdir).resolve())
-    store = mirrored(str(workdir))
-    url = store.remote
+    url = str(workdir).rstrip("/")
+    store = MirroredStore(cache_directory() / "work" / hashlib.sha256(url.encode()).hexdigest()[:20], url)
     probe = store.at(f".probe-{uuid4().hex}")
     try:
         store.system.pipe_file(probe, b"")

@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +14,6 @@ from uuid import uuid4
 
 from lorc_core.errors import ConfigError
 from lorc_core.manifest import MANIFEST_FILE, DamagedArtifactError, checked_file, write_manifest
-from pipeline.storage.cost import Cost, Meter
 
 COST_FILE = "cost.json"
 
@@ -23,6 +23,14 @@ class Keyed(Protocol):
 
     @property
     def key(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an artifact took to make, kept with it, so that a run that finds it done can tell."""
+
+    elapsed_s: float
+    host: str
 
 
 @dataclass(frozen=True)
@@ -111,22 +119,6 @@ class Store:
         (self.steps / key).rename(aside)
         return aside
 
-    def begin(self, step: Keyed) -> int:
-        """Note that a step begins; returns how often it has."""
-        note = self.attempts_note(step)
-        note.write_text(str(self.attempts(step) + 1))
-        self.publish(note)
-        return self.attempts(step)
-
-    def attempts(self, step: Keyed) -> int:
-        """How often a step that is not done was begun."""
-        note = self.known("attempts", step.key)
-        told = note.read_text() if note.is_file() else ""
-        return int(told) if told.isdigit() else 0
-
-    def attempts_note(self, step: Keyed) -> Path:
-        return self.place("attempts", step.key)
-
     def finish(self, path: Path) -> None:
         """Let everyone see a new artifact; no need where all read the same directory."""
 
@@ -141,17 +133,15 @@ class Store:
         path = self.steps / step.key
         scratch = path.parent / f".{path.name}-{uuid4().hex}"
         scratch.mkdir()
-        meter, attempts = Meter(), self.begin(step)
+        started = time.perf_counter()
         try:
             yield scratch
-            cost = meter.cost(attempts)
+            cost = Cost(time.perf_counter() - started, socket.gethostname())
             (scratch / COST_FILE).write_text(json.dumps({"step": path.name, **asdict(cost)}))
             write_manifest(scratch)
             if not self.is_done(step):  # else another worker was faster: what is finished stays
                 shutil.rmtree(path, ignore_errors=True)
                 scratch.rename(path)
                 self.finish(path)
-            self.attempts_note(step).unlink(missing_ok=True)
-            self.publish(self.attempts_note(step))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
