@@ -31,6 +31,7 @@ ZooFile = Annotated[Path, typer.Argument(metavar="ZOO", help="The zoo file (YAML
 Workdir = Annotated[
     str, typer.Option(help="Holds finished steps, tables and the default MLflow store: a directory, or a URL as s3://.")
 ]
+SeenWorkdir = Annotated[str, typer.Argument(metavar="[WORKDIR]", help="The run's work directory, or URL.")]
 WORKDIR = "lorc-work"
 BenchModel = Annotated[Path | None, typer.Option(help="A model's directory; else random weights of --shape.")]
 BenchVariant = Annotated[Path | None, typer.Option(help="One variant of it, instead of random factors.")]
@@ -86,6 +87,29 @@ def evaluate(zoo: ZooFile, workdir: Workdir = WORKDIR) -> None:
 def register(zoo: ZooFile, workdir: Workdir = WORKDIR) -> None:
     """The same as run: compress, evaluate and register."""
     run_until("register", zoo, workdir)
+
+
+@app.command()
+def status(
+    workdir: SeenWorkdir = WORKDIR,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it until the run ends.")] = False,
+) -> None:
+    """Show how a run stands, from any terminal, while it runs and after; exit code 1 if anything failed, or it died."""
+    from jobs.show_status import show_status
+
+    raise typer.Exit(show_status(workdir, watch=watch))
+
+
+@app.command()
+def logs(
+    workdir: Annotated[str, typer.Argument(metavar="WORKDIR", help="The run's work directory, or URL.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Its name in the zoo file.")],
+    variant: Annotated[str | None, typer.Argument(metavar="[VARIANT]", help="Its label in the tables.")] = None,
+) -> None:
+    """Print the traces of the steps of a model that failed."""
+    from jobs.show_logs import show_logs
+
+    raise typer.Exit(show_logs(workdir, model, variant))
 
 
 @app.command()

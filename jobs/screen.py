@@ -1,4 +1,4 @@
-"""What all commands print on, and sizes as they print them."""
+"""What all commands print on, and sizes and times as they print them."""
 
 import os
 import sys
@@ -21,3 +21,13 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" or num_bytes >= 100 else f"{num_bytes:.3g} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them, in two units at most."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02} min"

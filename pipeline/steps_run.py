@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from lorc_core.manifest import DamagedArtifactError
-from pipeline.steps.outcome import Listener, Milestone, Outcome
+from pipeline.steps.outcome import Listener, Milestone, Outcome, Started
 from pipeline.steps.step import Step, distinct
 from pipeline.storage.store import Store
 from pipeline.waiting import Patience
@@ -17,7 +17,8 @@ class StepsRun(Listener):
     """Runs steps, and all they need, that are not done yet.
 
     What failed for a damaged artifact is run again once that was made anew, which is done once for each; what failed
-    for what may pass by itself, while there is patience. Who listens is told of each step once.
+    for what may pass by itself, while there is patience. Who listens is told of each step once, and again when it was
+    made again.
 
     Args:
         cluster: Of the zoo file.
@@ -77,12 +78,18 @@ class StepsRun(Listener):
         """Make room for an artifact that must be made again, and say so."""
         self.listener.note(f"{key} was damaged; it is now {self.store.put_aside(key)} and is made again")
         self.ended.pop(key, None)
+        self.told.discard(key)
         self.remade.add(key)
 
     def record(self, outcome: Outcome) -> None:
         if outcome.is_final:
             self.ended[outcome.key] = outcome
             self.tell(outcome)
+        else:
+            self.listener.postpone(outcome)
+
+    def start(self, started: Started) -> None:
+        self.listener.start(started)
 
     def tell(self, outcome: Outcome) -> None:
         """Pass it on, unless the step's was."""

@@ -8,9 +8,10 @@ from typing import Literal
 
 from pipeline.candidates import choose_candidates
 from pipeline.registry.tracking import default_tracking_uri
+from pipeline.status.keeping import kept_status
 from pipeline.steps.failures import model_failure
 from pipeline.steps.graph import ModelSteps, model_steps
-from pipeline.steps.outcome import Listener, Outcome
+from pipeline.steps.outcome import Listener, Listeners, Outcome
 from pipeline.steps.step import Step
 from pipeline.steps_run import StepsRun, first_obstacle
 from pipeline.storage.holding import held_store
@@ -87,9 +88,9 @@ def run_zoo(zoo: Zoo, workdir: Path | str, *, until: Until = "register", listene
         ConfigError: The work directory is not writable, another run is using it, or there is no Ray at the address.
         OSError: The tables cannot be written.
     """
-    listener = listener or Listener()
-    patience = Patience(zoo.cluster.wait_s, listener.note)
-    with held_store(workdir) as store:
+    with held_store(workdir) as store, kept_status(store, zoo.name) as status:
+        listener = Listeners(status, listener or Listener())
+        patience = Patience(zoo.cluster.wait_s, listener.note)
         models, failed = plan_steps(zoo, store, listener, patience)
 
         def finish(outcomes: list[Outcome]) -> ZooRun:

@@ -11,7 +11,9 @@ from xdist.scheduler import LoadScopeScheduling
 
 ON_RAY = {
     "tests/jobs/test_cli.py",
+    "tests/jobs/test_status.py",
     "tests/pipeline/test_calibrated_run.py",
+    "tests/pipeline/test_costs.py",
     "tests/pipeline/test_damage.py",
     "tests/pipeline/test_faults.py",
     "tests/pipeline/test_zoo_run.py",

@@ -22,7 +22,7 @@ from ray._private.state import state
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from lorc_core.errors import ConfigError, first_line
-from pipeline.steps.outcome import Listener, Milestone, Outcome
+from pipeline.steps.outcome import Listener, Milestone, Outcome, Started
 from pipeline.steps.step import Need, Step
 from pipeline.storage.store import Store
 from pipeline.zoo.sections import Cluster
@@ -99,7 +99,7 @@ def check_reachable(address: str) -> None:
 
 
 @ray.remote(num_returns="streaming")
-def remote_group(steps: Sequence[Step], store: Store, num_threads: int) -> Iterator[Outcome | Milestone]:
+def remote_group(steps: Sequence[Step], store: Store, num_threads: int) -> Iterator[Started | Milestone | Outcome]:
     """`run_group` in a worker."""
     import torch
 
@@ -235,7 +235,7 @@ class Work:
         stream: Any
         for stream in ready:
             try:
-                told: Any = ray.get(next(stream))  # an outcome or a milestone
+                told: Any = ray.get(next(stream))
                 self.record(told)
             except StopIteration:
                 # A retried task's stream starts where the lost one's was read to: its outcomes may be past the end.
@@ -263,13 +263,16 @@ class Work:
         for step in steps:
             self.record(Outcome.failed(step, error, obstacle=obstacle))
 
-    def record(self, told: Outcome | Milestone) -> None:
+    def record(self, told: Started | Milestone | Outcome) -> None:
         """Note an outcome; tell what came."""
-        if isinstance(told, Milestone):
-            self.listener.advance(told)
-            return
-        self.outcomes[told.key] = told
-        self.listener.record(told)
+        match told:
+            case Started():
+                self.listener.start(told)
+            case Milestone():
+                self.listener.advance(told)
+            case Outcome():
+                self.outcomes[told.key] = told
+                self.listener.record(told)
 
 
 def what_lacks(need: Need) -> str | None:

@@ -1,69 +1,85 @@
 """Steps at work, in a Ray worker or in the driver: each writes a scratch directory that becomes its artifact."""
 
 import shutil
+import socket
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.steps.failures import step_failure
-from pipeline.steps.outcome import Milestone, Outcome
+from pipeline.steps.outcome import Milestone, Outcome, Started
 from pipeline.steps.step import FileStep, ModelStep, Progress, Step
+from pipeline.storage.cost import Meter
 from pipeline.storage.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def run_group(steps: Sequence[Step], store: Store) -> Iterator[Outcome | Milestone]:
-    """Run steps of one group in turn, yielding outcomes, and progress, as they come; they share one loaded model.
+class SharedModel:
+    """The model that a group's steps run, loaded when the first of them begins and closed with `opened`."""
+
+    def __init__(self, opened: ExitStack) -> None:
+        self.opened = opened
+        self.model: PreTrainedModel | None = None
+        self.failure: Exception | None = None
+
+    def loaded(self, step: ModelStep) -> "PreTrainedModel":
+        """What loading it raised once, it raises for every step."""
+        from pipeline.evaluation import loaded_model
+
+        if self.failure is not None:
+            raise self.failure
+        if self.model is None:
+            try:
+                directory = step.loads.location.directory(weights=True)
+                loading = loaded_model(directory, step.loads.dtype, trust_remote_code=step.loads.trust_remote_code)
+                self.model = self.opened.enter_context(loading)
+            except Exception as error:
+                self.failure = error
+                raise
+        return self.model
+
+
+def run_group(steps: Sequence[Step], store: Store) -> Iterator[Started | Milestone | Outcome]:
+    """Run steps of one group in turn, yielding what there is to tell as it comes; they share one loaded model.
 
     Whatever a step raises, foreseen or not, is its outcome: one model must not cost the others their night. This is
     where broad excepts are right; what the runner itself raises is a bug, and stops the job.
     """
     with ExitStack() as opened:
-        try:
-            model = opened.enter_context(shared_model(steps[0]))
-        except Exception as error:  # noqa: BLE001
-            for step in steps:
-                yield step_failure(step, error, store)
-            return
+        model = SharedModel(opened)
         for step in steps:
             yield from run_step(step, store, model)
 
 
-def shared_model(step: Step) -> "AbstractContextManager[PreTrainedModel | None]":
-    """The model that a step's group runs, loaded; None where it runs none."""
-    if not isinstance(step, ModelStep):
-        return nullcontext()
-    from pipeline.evaluation import loaded_model
-
-    directory = step.loads.location.directory(weights=True)
-    return loaded_model(directory, step.loads.dtype, trust_remote_code=step.loads.trust_remote_code)
-
-
-def run_step(step: Step, store: Store, model: "PreTrainedModel | None") -> Iterator[Outcome | Milestone]:
-    """Run a step, yielding its progress and last its outcome."""
+def run_step(step: Step, store: Store, model: SharedModel) -> Iterator[Started | Milestone | Outcome]:
+    """Run a step, yielding that it began, its progress and last its outcome."""
+    yield Started(step.key, socket.gethostname(), time.time())
     if store.is_done(step):  # by an earlier attempt whose worker was lost
+        store.end(step.key)
         yield Outcome.done(step, store)
         return
+    meter = Meter()
     try:
-        with store.writing(step) as scratch:
+        with store.writing(step, meter) as scratch:
             for done, total in started_step(step, scratch, store, model) or ():
-                yield Milestone(step.key, f"{step.name} {step.model}", done, total)
+                yield Milestone(step.key, done, total)
         store.log(step.key).unlink(missing_ok=True)  # of an earlier attempt
         if (resume_dir := step.resume_dir(store)) is not None:
             shutil.rmtree(resume_dir, ignore_errors=True)
         outcome = Outcome.done(step, store)
     except Exception as error:  # noqa: BLE001  see `run_group`
-        outcome = step_failure(step, error, store)
+        outcome = replace(step_failure(step, error, store), cost=meter.cost())
     yield outcome
 
 
-def started_step(step: Step, output: Path, store: Store, model: "PreTrainedModel | None") -> Progress | None:
+def started_step(step: Step, output: Path, store: Store, model: SharedModel) -> Progress | None:
     """Run a step to its end or, of one that tells its progress, begin it."""
     if isinstance(step, FileStep):
         return step.run(output, store)
     assert isinstance(step, ModelStep)
-    assert model is not None
-    return step.run(output, store, model)
+    return step.run(output, store, model.loaded(step))

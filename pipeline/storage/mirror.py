@@ -23,7 +23,8 @@ import fsspec
 from lorc_core.errors import ConfigError, first_line
 from lorc_core.manifest import MANIFEST_FILE, read_manifest
 from lorc_core.model.stored.files import cache_directory
-from pipeline.storage.store import Cost, Keyed, Store
+from pipeline.storage.cost import Cost
+from pipeline.storage.store import Keyed, Named, Store
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,10 @@ class MirroredStore(Store):
 
     def known(self, *parts: str) -> Path:
         path = self.place(*parts)
-        with suppress(FileNotFoundError):
+        try:
             self.system.get_file(self.at(*parts), str(path))
+        except FileNotFoundError:  # never published, or removed by another machine
+            path.unlink(missing_ok=True)
         return path
 
     def publish(self, path: Path) -> None:
@@ -152,13 +155,6 @@ class MirroredStore(Store):
         else:
             with suppress(FileNotFoundError):
                 self.system.rm_file(self.at(*path.relative_to(self.root).parts))
-
-
-@dataclass(frozen=True)
-class Named:
-    """An artifact, by its key alone."""
-
-    key: str
 
 
 def open_store(workdir: Path | str) -> Store:

@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from lorc_core.errors import ConfigError
 from lorc_core.manifest import MANIFEST_FILE, DamagedArtifactError, checked_file, write_manifest
+from pipeline.storage.cost import Cost, Meter
 
 COST_FILE = "cost.json"
 
@@ -26,11 +27,10 @@ class Keyed(Protocol):
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What an artifact took to make, kept with it, so that a run that finds it done can tell."""
+class Named:
+    """An artifact, by its key alone."""
 
-    elapsed_s: float
-    host: str
+    key: str
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,16 @@ class Store:
         """Of a finished artifact.
 
         Raises:
-            DamagedArtifactError: It is another step's, put in its place.
+            DamagedArtifactError: It is another step's, put in its place, or says something else than costs.
         """
         file = checked_file(self.path(step, COST_FILE) / COST_FILE)
         kept = json.loads(file.read_text())
         if (key := kept.pop("step")) != step.key:
             raise DamagedArtifactError(self.steps / step.key, f"{file.parent}: is the artifact of {key}")
-        return Cost(**kept)
+        try:
+            return Cost(**kept)
+        except TypeError as error:
+            raise DamagedArtifactError(self.steps / step.key, f"{file}: is of another schema ({error})") from error
 
     def place(self, *parts: str) -> Path:
         """Where another file of the work directory is, or goes; its folder is made."""
@@ -109,6 +112,20 @@ class Store:
         """Where the trace of a step that failed goes, or of what there was to do before steps."""
         return self.root / "logs" / f"{key}.log"
 
+    def begin(self, key: str) -> int:
+        """Note that a step begins; returns how often it did, by workers that were lost and in earlier runs too."""
+        note = self.known("begun", f"{key}.log")
+        with note.open("a") as begun:
+            begun.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} on {socket.gethostname()}\n")
+        self.publish(note)
+        return len(note.read_text().splitlines())
+
+    def end(self, key: str) -> None:
+        """Remove the note of a step that is done."""
+        note = self.place("begun", f"{key}.log")
+        note.unlink(missing_ok=True)
+        self.publish(note)
+
     def forget(self, key: str) -> None:
         """Drop this machine's copy of an artifact; there is none where all read the same directory."""
 
@@ -126,22 +143,31 @@ class Store:
         """Remove what steps were writing when their run died; only while no other run uses the directory."""
         for scratch in self.steps.glob(".*"):
             shutil.rmtree(scratch, ignore_errors=True)
+        begun = [Named(note.stem) for note in self.root.glob("begun/*.log")]
+        for key in self.finished(begun) if begun else ():  # their worker was lost in the moment between
+            self.end(key)
 
     @contextmanager
-    def writing(self, step: Keyed) -> Iterator[Path]:
-        """A scratch directory that becomes the step's artifact, with cost and manifest, if the block does not raise."""
+    def writing(self, step: Keyed, meter: Meter | None = None) -> Iterator[Path]:
+        """A scratch directory that becomes the step's artifact, with cost and manifest, if the block does not raise.
+
+        Args:
+            step: That is run in the block; it is noted as begun until its artifact is there.
+            meter: Of who wants to know what it took if it fails, too.
+        """
         path = self.steps / step.key
         scratch = path.parent / f".{path.name}-{uuid4().hex}"
+        meter = meter or Meter()
+        meter.attempts = self.begin(step.key)
         scratch.mkdir()
-        started = time.perf_counter()
         try:
             yield scratch
-            cost = Cost(time.perf_counter() - started, socket.gethostname())
-            (scratch / COST_FILE).write_text(json.dumps({"step": path.name, **asdict(cost)}))
+            (scratch / COST_FILE).write_text(json.dumps({"step": path.name, **asdict(meter.cost())}))
             write_manifest(scratch)
             if not self.is_done(step):  # else another worker was faster: what is finished stays
                 shutil.rmtree(path, ignore_errors=True)
                 scratch.rename(path)
                 self.finish(path)
+            self.end(step.key)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -90,8 +90,12 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             ("step", pa.string()),
             ("status", pa.string()),
             ("error", pa.string()),
-            ("elapsed_s", pa.float64()),
+            ("wall_s", pa.float64()),
+            ("cpu_s", pa.float64()),
+            ("peak_bytes", pa.int64()),
+            ("read_bytes", pa.int64()),
             ("host", pa.string()),
+            ("attempts", pa.int32()),
         ]
     ),
 }

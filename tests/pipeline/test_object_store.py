@@ -15,6 +15,7 @@ import pytest
 
 from lorc_core.errors import ConfigError
 from lorc_core.manifest import DamagedArtifactError, checked_file
+from pipeline.status.keeping import kept_status
 from pipeline.storage import remote_lease as leases
 from pipeline.storage.holding import held_store
 from pipeline.storage.lease import Holder
@@ -157,6 +158,27 @@ def test_a_heartbeat_makes_a_lease_younger(work, monkeypatch):
     with held_store(work):
         time.sleep(3)  # the object store's clock has whole seconds
         assert leases.age(store, leases.lease_url(store, 1)) <= 1
+
+
+def test_attempts_are_counted_over_machines_and_their_note_goes_everywhere(work, elsewhere):
+    store = open_store(work)
+    assert [store.begin("made-1"), elsewhere().begin("made-1"), store.begin("made-1")] == [1, 2, 3]
+    write(elsewhere())
+    assert objects("work/begun") == []
+    assert store.begin("made-1") == 1, "what this machine noted is not what is known"
+
+
+def test_status_is_told_from_the_object_store(work):
+    with held_store(work) as store, kept_status(store, "far"):
+        code, out = told(lorc("status", work))
+        assert (code, f"runs: zoo far, process {os.getpid()} on " in out) == (0, True), out
+    code, out = told(lorc("status", work))
+    assert (code, "ended at " in out) == (0, True), out
+    assert told(lorc("status", f"{work}/nothing"))[0] == 2
+
+
+def told(done):
+    return done.returncode, done.stdout + done.stderr
 
 
 def test_without_an_mlflow_server_a_run_is_refused_before_anything_is_done(work, tmp_path):

@@ -139,12 +139,16 @@ def test_distinct_orders_inputs_first_and_keeps_each_once():
     assert [each.layer_idx for each in distinct([last, trained])] == [1, 2, 5, 6]
 
 
+def outcomes_of(steps, store):
+    return [told for told in run_group(steps, store) if isinstance(told, Outcome)]
+
+
 def test_whatever_a_step_raises_is_its_outcome_with_a_log(tmp_path):
     """The others of its group run; a LorcError's message stays what it is, another names the log."""
     store = Store(tmp_path)
     ours = step(1, label="v", failure=NumericsError("layer 3 keys: NaN"))
     foreign = step(2, failure=IndexError("index out of range\nin self"))
-    outcomes = list(run_group([ours, foreign, step(3)], store))
+    outcomes = outcomes_of([ours, foreign, step(3)], store)
     assert [outcome.status for outcome in outcomes] == ["failed", "failed", "ran"]
     assert [outcome.variant for outcome in outcomes] == ["v", None, None]
     assert outcomes[0].error == "layer 3 keys: NaN"
@@ -168,7 +172,7 @@ def test_a_log_goes_when_the_step_is_done(tmp_path):
 def test_a_failure_whose_log_cannot_be_written_is_still_one_line(tmp_path):
     store = Store(tmp_path)
     (tmp_path / "logs").write_text("no directory")
-    (outcome,) = run_group([step(failure=OSError(28, "No space left on device"))], store)
+    (outcome,) = outcomes_of([step(failure=OSError(28, "No space left on device"))], store)
     assert outcome.error == "OSError: [Errno 28] No space left on device (its trace cannot be written: File exists)"
 
 
@@ -194,11 +198,12 @@ def test_an_artifact_appears_whole_with_its_manifest(tmp_path):
 def test_the_cost_of_an_artifact_is_kept_with_it(tmp_path):
     """A run that finds it done tells what it took to make, and not 0.0 seconds."""
     store = Store(tmp_path)
-    (ran,) = run_group([step()], store)
-    assert ran.cost.elapsed_s > 0
+    (ran,) = outcomes_of([step()], store)
+    assert ran.cost.wall_s > 0
+    assert ran.cost.cpu_s > 0
     assert ran.cost.host == socket.gethostname()
     assert Outcome.done(step(), store, "cached").cost == ran.cost
-    (again,) = run_group([step()], store)  # as a retry, after its worker was lost
+    (again,) = outcomes_of([step()], store)  # as a retry, after its worker was lost
     assert (again.status, again.cost) == ("ran", ran.cost)
     check_manifest(store.path(step()), required=["cost.json"])
 

@@ -94,7 +94,7 @@ def test_tables_open_in_one_query(finished):
     assert errors.error.isna().all()  # nothing was calibrated
     outcomes = ds.dataset(workdir / "tables" / "outcomes").to_table().to_pandas()
     assert outcomes.status.eq("ran").all()
-    assert outcomes.elapsed_s.gt(0).all()
+    assert outcomes.wall_s.gt(0).all()
     of_variants = outcomes[outcomes.step.str.match("schedule|variant|projection_errors|register")]
     labels = {"lorc-uniform-0.9", "lorc-uniform-0.1", "lorc-progressive-0.75"}
     assert set(of_variants.variant) == labels
@@ -115,8 +115,8 @@ def test_a_partial_run_keeps_what_the_rest_had_cost(finished):
     run_zoo(load_zoo(zoo_file), workdir)
     outcomes = ds.dataset(workdir / "tables" / "outcomes" / "tiny.parquet").to_table().to_pylist()
     assert [row["step"] for row in outcomes if row["status"] == "ran"] == [redone.key]
-    assert {row["step"]: row["elapsed_s"] for row in outcomes if row["status"] == "cached"} == {
-        key: cost.elapsed_s for key, cost in before.items() if key != redone.key
+    assert {row["step"]: row["wall_s"] for row in outcomes if row["status"] == "cached"} == {
+        key: cost.wall_s for key, cost in before.items() if key != redone.key
     }
 
 

@@ -1,0 +1,85 @@
+"""What a step took: time, memory, bytes read, and how often it was begun."""
+
+import re
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step took, kept with its artifact, so that a run that finds it done can tell.
+
+    Attributes:
+        wall_s: Seconds that passed.
+        cpu_s: User and system time of all threads of the process; of processes that it started it is not counted.
+        peak_bytes: The most memory that the process held while the step ran, what it had loaded before included;
+            without that of GPUs. None where the system does not tell it for a part of a process's life.
+        read_bytes: What the system's read calls returned, whether from storage or from its cache, code that was
+            imported included; not what was read by mapping a file into memory. None where the system does not tell.
+        host: Where it ran.
+        attempts: How often it was begun, by workers that were lost and in earlier runs too.
+    """
+
+    wall_s: float
+    cpu_s: float
+    peak_bytes: int | None
+    read_bytes: int | None
+    host: str
+    attempts: int
+
+
+class Meter:
+    """Measures from when it is made.
+
+    Attributes:
+        attempts: How often what it measures was begun; 0 until that is known.
+    """
+
+    def __init__(self) -> None:
+        self.attempts = 0
+        self.peak_is_known = forget_peak()
+        self.read_before = read_so_far()
+        self.cpu_before, self.wall_before = time.process_time(), time.perf_counter()
+
+    def cost(self) -> Cost:
+        """Up to now."""
+        read = read_so_far()
+        return Cost(
+            wall_s=time.perf_counter() - self.wall_before,
+            cpu_s=time.process_time() - self.cpu_before,
+            peak_bytes=peak() if self.peak_is_known else None,
+            read_bytes=None if read is None or self.read_before is None else read - self.read_before,
+            host=socket.gethostname(),
+            attempts=self.attempts,
+        )
+
+
+def forget_peak() -> bool:
+    """Have the process's peak memory begin again from what it holds; False where no system call does that.
+
+    Source: `clear_refs` in https://docs.kernel.org/filesystems/proc.html; a process may do it to itself.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak() -> int:
+    """The most memory held since the process began or forgot, in bytes."""
+    kibibytes = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert kibibytes is not None
+    return int(kibibytes[1]) * 1024
+
+
+def read_so_far() -> int | None:
+    """Bytes that the process's read calls returned."""
+    try:
+        return int(psutil.Process().io_counters().read_chars)
+    except (AttributeError, psutil.AccessDenied):  # macOS has no such count; a container may hide it
+        return None
