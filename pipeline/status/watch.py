@@ -73,7 +73,7 @@ class Watch(Listener):
         with self.lock:
             self.waits_for = None
             self.first_start = self.first_start or started.at
-            self.change(started.key, state="running", since=started.at, host=started.host)
+            self.change(started.key, state="running", since=started.at, host=started.host, parts_done=None, parts=None)
 
     def advance(self, reached: Milestone) -> None:
         with self.lock:

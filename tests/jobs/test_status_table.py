@@ -197,6 +197,9 @@ def test_what_will_be_run_again_waits_again():
     told = watch.status()
     assert told.models["small"].stages["evaluate"] == Count(1)
     assert not told.failures
+    watch.advance(Milestone("e-1", 3, 40))
+    watch.start(Started("e-1", "b", watch.started))
+    assert [(one.host, one.parts) for one in watch.status().running] == [("b", None)]
 
 
 def test_a_model_that_cannot_be_read_is_a_failure_of_its_own_row():
