@@ -24,7 +24,7 @@ from tests.paths import REPOSITORY
 
 COMPOSE = REPOSITORY / "infra" / "compose.yaml"
 ENVIRONMENT = REPOSITORY / "infra" / "compose.env.example"
-PORTS = ("5432", "8333", "5000", "6379", "8265")
+PORTS = ("5432", "8333", "5000", "6379", "8265", "52365")
 START_S = 120
 
 
@@ -158,12 +158,13 @@ class Services:
         self.start_server("mlflow", self.command("mlflow"), f"{self.url('5000')}/health")
 
     def start_ray(self):
-        """With ports of its own for all that listens: other clusters may be on this machine."""
-        more = [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
-        self.start_server("ray-head", self.command("ray-head") + more, f"{self.url('8265')}/api/gcs_healthz")
+        """With another port for Ray's client, too: other clusters may be on this machine."""
+        command = [*self.command("ray-head"), f"--ray-client-server-port={free_port()}"]
+        pages = f"{self.url('8265')}/api/gcs_healthz", f"{self.url('52365')}/api/local_raylet_healthz"
+        self.start_server("ray-head", command, *pages)  # those of infra/healthy.sh
 
-    def start_server(self, name, command, page):
-        self.start(name, command, partial(is_there, page), env=self.environment(name))
+    def start_server(self, name, command, *pages):
+        self.start(name, command, lambda: all(map(is_there, pages)), env=self.environment(name))
 
 
 def succeeds(command):

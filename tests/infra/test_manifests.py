@@ -24,7 +24,7 @@ from tests.infra.manifests import (
     of_kind,
     the,
 )
-from tests.infra.published import check
+from tests.infra.published import check, resource_schema
 
 PIECES = [folder.name for folder in kustomizations()]
 MADE_BY_KUBERNETES = ("kube-root-ca.crt",)  # a config map in every namespace
@@ -182,7 +182,22 @@ def test_kustomizations_are_of_the_kind_that_this_reads():
     for folder, content in kustomizations().items():
         assert content.keys() <= known, folder
         for replacement in content.get("replacements", []):
-            the(replacement["source"]["kind"], replacement["source"]["name"])
+            source = replacement["source"]
+            assert the(source["kind"], source["name"])
+            assert knows(source["kind"], source["fieldPath"])
+            for target in replacement["targets"]:
+                assert all(knows(target["select"]["kind"], path) for path in target["fieldPaths"])
         for patch in content.get("patches", []):
             assert of_kind(patch["target"]["kind"])
             assert all(found["op"] == "add" for found in yaml.safe_load(patch["patch"]))
+
+
+def knows(kind, path):
+    """Whether the schema of a custom resource has a field."""
+    _, validator = resource_schema(kind)
+    inner = validator.schema
+    for name in path.split("."):
+        inner = inner["items"] if name.isdigit() else inner["properties"].get(name)
+        if inner is None:
+            return False
+    return True
