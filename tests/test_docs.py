@@ -43,7 +43,7 @@ evaluation: {texts: [{name: other, source: other.txt}]}
 gates: {max_perplexity_rise: 0.1}
 """
 USAGE_ERROR = typer.BadParameter.__base__  # typer brings a click of its own, under a private name
-FOLDERS = ("docs", "examples", "jobs", "lorc_core", "pipeline", "tests")
+FOLDERS = ("docs", "examples", "infra", "jobs", "lorc_core", "pipeline", "tests")
 PROGRAMS = ("lorc", "make", "python")
 
 
@@ -228,7 +228,8 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", having(lambda page: page.name not in ABOUT_OTHER_CODE))
 def test_names_in_code_font_are_in_the_code(page):
     tests = [path for path in (REPOSITORY / "tests").rglob("*.py") if path != Path(__file__)]
-    code = set(re.findall(r"\w+", " ".join(path.read_text() for path in [*SOURCES, *tests])))
+    settings = [path for path in (REPOSITORY / "infra").rglob("*") if path.is_file()]
+    code = set(re.findall(r"\w+", " ".join(path.read_text() for path in [*SOURCES, *tests, *settings])))
     code |= set(
         re.findall(r"[\w-]+", "".join((REPOSITORY / name).read_text() for name in ("Makefile", "pyproject.toml")))
     )

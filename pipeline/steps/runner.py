@@ -18,6 +18,7 @@ from typing import Any
 
 import grpc
 import ray
+from ray._private.state import state
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from lorc_core.errors import ConfigError, first_line
@@ -157,6 +158,7 @@ class Work:
 
     def finish(self) -> None:
         """Submit each batch when its inputs have outcomes, and record outcomes as they come, until none is left."""
+        self.refuse_impossible()
         while self.waiting or self.running:
             ready = [batch for batch in self.waiting if self.is_ready(batch)]
             self.waiting = [batch for batch in self.waiting if not self.is_ready(batch)]
@@ -165,6 +167,16 @@ class Work:
             assert ready or self.running, "a step needs one that is neither done nor to be run"
             if self.running and not ready:
                 self.receive()
+
+    def refuse_impossible(self) -> None:
+        """Record the steps that the cluster can never run as failed, before anything runs: a night is long."""
+        needs = {batch.need for batch in self.waiting if batch.need is not None}
+        lacks = {need: what_lacks(need) for need in needs}
+        refused = [batch for batch in self.waiting if batch.need is not None and lacks[batch.need] is not None]
+        self.waiting = [batch for batch in self.waiting if batch not in refused]
+        for batch in refused:
+            assert batch.need is not None
+            self.fail(batch.steps, lacks[batch.need] or "")
 
     def is_ready(self, batch: Batch) -> bool:
         return all(needed.key in self.outcomes for step in batch.steps for needed in step.input_steps())
@@ -265,10 +277,24 @@ class Work:
 
 def what_lacks(need: Need) -> str | None:
     """Why the cluster can never run this, or None. Ray itself would wait for ever."""
-    offered = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    offered = [*(node["Resources"] for node in ray.nodes() if node["Alive"]), *nodes_to_come()]
     asked = {"CPU": need.num_cpus, "GPU": need.num_gpus, "memory": need.memory_bytes}
     if any(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in offered):
         return None
-    nodes = "; ".join(", ".join(f"{name} {node.get(name, 0):g}" for name in asked) for node in offered)
+    nodes = "; ".join(dict.fromkeys(", ".join(f"{name} {node.get(name, 0):g}" for name in asked) for node in offered))
     asks = ", ".join(f"{name} {amount:g}" for name, amount in asked.items() if amount)
     return f"no node of the cluster can give {asks}; its nodes have: {nodes}"
+
+
+def nodes_to_come() -> list[dict[str, float]]:
+    """The resources of each kind of node that an autoscaler would add; empty where there is none.
+
+    Ray keeps what its autoscaler reported, and has no public way to ask for it.
+    """
+    config = state.get_cluster_config()
+    groups = config.node_group_configs if config is not None else ()
+    return [
+        {name: math.inf if amount < 0 else amount for name, amount in group.resources.items()}
+        for group in groups
+        if group.max_count != 0
+    ]

@@ -267,7 +267,7 @@ def test_plan_prints_the_caches_of_lorcs_table_2_from_configs_alone(lorc, tmp_pa
     """LoRC prints half of these sizes; the arithmetic is 2 x layers x kv_width x 2 bytes x 64 x 2048."""
     code, out, _ = lorc("plan", REPOSITORY / "examples" / "hub.yaml", "--workdir", tmp_path)
     assert code == 0
-    rows = {}
+    rows, model = {}, ""
     for line in out.splitlines():
         name, *cells = line.split() or [""]
         model = model if line.startswith("  ") else name
