@@ -7,6 +7,7 @@ machine loses the lease when its process is gone, one elsewhere when its heartbe
 import _thread
 import json
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -24,6 +25,7 @@ from lorc_core.errors import ConfigError
 LEASE_FILE = "lease.json"
 HEARTBEAT_S = 5.0
 EXPIRES_S = 60.0
+STOP = signal.SIGUSR1  # by which the heartbeat stops the main thread; no process sends it
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def lease(root: Path) -> Iterator[None]:
     heartbeat = threading.Thread(target=renew, args=(path, holder, stopped), daemon=True)
     heartbeat.start()
     try:
-        yield
+        with stoppable():
+            yield
     except KeyboardInterrupt:
         if (other := read_holder(path)) not in (holder, None):
             raise ConfigError(
@@ -85,6 +88,22 @@ def lease(root: Path) -> Iterator[None]:
         heartbeat.join()
         if read_holder(path) == holder:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """While the block runs, `_thread.interrupt_main(STOP)` raises KeyboardInterrupt in it.
+
+    That of SIGINT does nothing where SIGINT is ignored, as it is of what a script or nohup runs in the background.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(STOP, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(STOP, before)
 
 
 def created(path: Path, holder: Holder) -> bool:
@@ -135,7 +154,7 @@ def renew(path: Path, holder: Holder, stopped: threading.Event) -> None:
     while not stopped.wait(HEARTBEAT_S):
         with suppress(OSError):  # of storage that is away for a moment
             if read_holder(path) not in (holder, None):
-                _thread.interrupt_main()
+                _thread.interrupt_main(STOP)
                 return
             os.utime(path)
 

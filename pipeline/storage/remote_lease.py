@@ -14,7 +14,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from lorc_core.errors import ConfigError
-from pipeline.storage.lease import HEARTBEAT_S, Holder
+from pipeline.storage.lease import HEARTBEAT_S, STOP, Holder, stoppable
 from pipeline.storage.mirror import MirroredStore
 
 
@@ -36,7 +36,8 @@ def remote_lease(store: MirroredStore) -> Iterator[None]:
     heartbeat = threading.Thread(target=renew, args=(store, number, holder, stopped), daemon=True)
     heartbeat.start()
     try:
-        yield
+        with stoppable():
+            yield
     except KeyboardInterrupt:
         if last(store) > number:
             other = read_holder(store, last(store))
@@ -83,7 +84,7 @@ def renew(store: MirroredStore, number: int, holder: Holder, stopped: threading.
     while not stopped.wait(HEARTBEAT_S):
         with suppress(OSError):  # of an object store that is away for a moment
             if last(store) > number:
-                _thread.interrupt_main()
+                _thread.interrupt_main(STOP)
                 return
             store.system.pipe_file(lease_url(store, number), content(holder))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -99,7 +100,15 @@ def test_a_process_of_this_machine_that_stands_still_keeps_its_lease(tmp_path):
             pass
 
 
-def test_a_run_whose_lease_was_taken_over_is_stopped(tmp_path, monkeypatch):
+@pytest.fixture
+def ignored_sigint():
+    """As of what nohup or a script runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_whose_lease_was_taken_over_is_stopped(tmp_path, monkeypatch, ignored_sigint):
     monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.01)
     other = replace(Holder.this_process(), host="another-machine", token="other")
     with pytest.raises(ConfigError, match=r"was taken over by process .* on another-machine"), lease(tmp_path):
