@@ -2,9 +2,9 @@
 
 torch has no symmetric product, and on a CPU its LAPACK loses to SciPy's where matrices are wide. From `WIDE` on the
 Gram matrix is BLAS's `syrk`, half the work of a product, and the eigenvectors are `evd` by SciPy, which copies less and
-needs half of torch's time for the eigenvalues alone (`lorc bench svd`). A part of the eigenvectors would cost four
-fifths of all; most schedules may ask for all of them. Narrow, complex or single-precision matrices,
-batches and those on a GPU are torch's.
+needs half of torch's time for the eigenvalues alone (`lorc bench svd`). Half of the eigenvectors would cost four fifths
+of all, at a width of 5,120; most schedules may ask for all of them. Narrow, complex or single-precision matrices, and
+those on a GPU, are torch's.
 
 Shapes: N width, I any other.
 """
@@ -49,7 +49,7 @@ def eigh(moment: Num[Tensor, "*batch n n"]) -> tuple[Float[Tensor, "*batch n"], 
 
 
 def eigvalsh(moment: Num[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n"]:
-    """The eigenvalues of `eigh` alone, which take a third of its time."""
+    """The eigenvalues of `eigh` alone, which take a third of its time, half where it is very wide."""
     if not is_for_scipy(moment):
         return torch.linalg.eigvalsh(moment)
     if moment.ndim > 2:

@@ -83,10 +83,16 @@ class ModelFiles:
         return int(self.entries[name]["size"])
 
     def stamp(self, name: str) -> str:
-        """Another one when the file was written again; what it says depends on where the file is."""
+        """Another one when the file was written again; what it says depends on where the file is.
+
+        Raises:
+            ConfigError: The file system does not tell.
+        """
         entry = self.entries[name]
-        told = next((entry[key] for key in STAMPS if entry.get(key) is not None), "")
-        return f"{entry['size']} {told}"
+        told = [entry[key] for key in STAMPS if entry.get(key) is not None]
+        if not told:
+            raise ConfigError(f"{self.path(name)}: its file system does not tell when a file was written")
+        return f"{entry['size']} {told[0]}"
 
     def read(self, name: str) -> bytes:
         """A whole file, a small one."""
