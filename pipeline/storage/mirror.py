@@ -22,7 +22,7 @@ import fsspec
 
 from lorc_core.errors import ConfigError, first_line
 from lorc_core.manifest import MANIFEST_FILE, read_manifest
-from lorc_core.model.stored.files import cache_directory
+from lorc_core.model.stored.files import STORE_ERRORS, cache_directory
 from pipeline.storage.cost import Cost
 from pipeline.storage.store import Keyed, Named, Store
 
@@ -171,6 +171,6 @@ def open_store(workdir: Path | str) -> Store:
     try:
         store.system.pipe_file(probe, b"")
         store.system.rm_file(probe)
-    except (OSError, ValueError) as error:
+    except (*STORE_ERRORS, ValueError) as error:
         raise ConfigError(f"work directory {url} cannot be written to: {first_line(error)}") from error
     return store

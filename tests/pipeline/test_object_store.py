@@ -200,6 +200,18 @@ def test_an_object_store_that_is_not_there_is_told_in_a_line(work, url, told):
         open_store(url)
 
 
+def test_absent_credentials_are_told_in_a_line(work, monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(ConfigError, match=f"work directory {work} cannot be written to: Unable to locate credentials"):
+        open_store(work)
+    ran = lorc("plan", write_zoo(tmp_path), "--workdir", work)
+    assert ran.returncode == 2
+    assert "Traceback" not in ran.stderr
+
+
 def lorc(*arguments, **environment):
     command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"RAY_ADDRESS": ""} | environment)

@@ -21,6 +21,13 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from lorc_core.errors import ArtifactError, ConfigError, first_line
 
+try:  # what S3's own library raises is no OSError: no credentials, say
+    from botocore.exceptions import BotoCoreError
+except ImportError:
+    STORE_ERRORS: tuple[type[Exception], ...] = (OSError, HfHubHTTPError)
+else:
+    STORE_ERRORS = (OSError, HfHubHTTPError, BotoCoreError)
+
 HUB = "hf://"
 CONNECTIONS = 16  # ranges that are asked for at a time where each is a request
 # What tells that a file was written again, by the first that a file system has.
@@ -70,7 +77,7 @@ class ModelFiles:
         """
         try:
             listed = self.system.ls(self.url, detail=True)
-        except (OSError, HfHubHTTPError) as error:
+        except STORE_ERRORS as error:
             what = "model directory" if self.is_local else "model"
             told = "does not exist" if isinstance(error, FileNotFoundError | NotADirectoryError) else first_line(error)
             raise ConfigError(f"{what} {self.url} {told}") from error
@@ -110,7 +117,7 @@ class ModelFiles:
             else:
                 with ThreadPoolExecutor(CONNECTIONS) as threads:
                     parts = list(threads.map(lambda limits: self._fetched(name, *limits), ranges))
-        except (OSError, HfHubHTTPError) as error:
+        except STORE_ERRORS as error:
             raise ArtifactError(f"{self.path(name)}: cannot be read: {first_line(error)}") from error
         self.bytes_read += sum(map(len, parts))
         for (start, stop), part in zip(ranges, parts, strict=True):

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import tqdm, validate_repo_id
 
 from lorc_core.errors import ArtifactError, ConfigError, first_line
-from lorc_core.model.stored.files import HUB, ModelFiles, cache_directory
+from lorc_core.model.stored.files import HUB, STORE_ERRORS, ModelFiles, cache_directory
 from lorc_core.model.stored.shards import has_weights, weight_files
 
 # Config, tokenizer, a model's own code: all but weights. Never the original checkpoints that some repositories keep in
@@ -184,7 +184,7 @@ def fetch(files: ModelFiles, name: str, directory: Path) -> None:
     try:
         files.system.get_file(files.path(name), str(partial))
         partial.rename(directory / name)
-    except OSError as error:
+    except STORE_ERRORS as error:
         raise ArtifactError(f"{files.path(name)}: cannot be fetched: {first_line(error)}") from error
     finally:
         partial.unlink(missing_ok=True)
