@@ -5,10 +5,12 @@ takes.
 """
 
 import hashlib
+import importlib
 import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,9 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from lorc_core.errors import ArtifactError, ConfigError, first_line
 
-try:  # what S3's own library raises is no OSError: no credentials, say
-    from botocore.exceptions import BotoCoreError
-except ImportError:
-    STORE_ERRORS: tuple[type[Exception], ...] = (OSError, HfHubHTTPError)
-else:
-    STORE_ERRORS = (OSError, HfHubHTTPError, BotoCoreError)
+STORE_ERRORS: tuple[type[Exception], ...] = (OSError, HfHubHTTPError)
+with suppress(ImportError):  # what S3's own library raises is no OSError: no credentials, say
+    STORE_ERRORS += (importlib.import_module("botocore.exceptions").BotoCoreError,)
 
 HUB = "hf://"
 CONNECTIONS = 16  # ranges that are asked for at a time where each is a request
