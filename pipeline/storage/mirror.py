@@ -171,6 +171,6 @@ def open_store(workdir: Path | str) -> Store:
     try:
         store.system.pipe_file(probe, b"")
         store.system.rm_file(probe)
-    except (*STORE_ERRORS, ValueError) as error:
+    except STORE_ERRORS + (ValueError,) as error:  # noqa: RUF005  mypy cannot read it unpacked
         raise ConfigError(f"work directory {url} cannot be written to: {first_line(error)}") from error
     return store
