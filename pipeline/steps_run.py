@@ -69,7 +69,7 @@ class StepsRun(Listener):
         left = [step for step in self.steps if step.key not in self.ended]
         if not left:
             return [self.ended[step.key] for step in self.steps]
-        from pipeline.steps.runner import run_steps
+        from pipeline.running.runner import run_steps
 
         latest = {outcome.key: outcome for outcome in run_steps(left, self.ended, self.store, self.cluster, self)}
         return [latest.get(step.key) or self.ended[step.key] for step in self.steps]

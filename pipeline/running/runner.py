@@ -1,4 +1,4 @@
-"""Run steps on Ray, each when its inputs are done: the one file that knows Ray.
+"""Run steps on Ray, each when its inputs are done.
 
 A step that fails is an outcome like any other: steps that need it are skipped, all others go on. What a step does, and
 what of it may fail, is in `work`.
@@ -103,7 +103,7 @@ def remote_group(steps: Sequence[Step], store: Store, num_threads: int) -> Itera
     """`run_group` in a worker."""
     import torch
 
-    from pipeline.steps.work import run_group
+    from pipeline.running.work import run_group
 
     torch.set_num_threads(num_threads)  # a reused worker keeps its first thread count otherwise
     yield from run_group(steps, store)
@@ -198,7 +198,7 @@ class Work:
         if self.blocked is not None:
             self.fail(steps, self.blocked.error or "", self.blocked.obstacle)
             return
-        from pipeline.steps.work import run_group
+        from pipeline.running.work import run_group
 
         for told in run_group(steps, self.store):
             self.record(told)
