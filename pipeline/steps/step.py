@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
+from lorc_core.model.architecture import Architecture
 from lorc_core.model.stored.locations import ModelLocation
 from pipeline.storage.store import Store
 
@@ -41,8 +42,20 @@ class Need:
 
 
 @dataclass(frozen=True)
+class ModelSize:
+    """What running a model costs depends on: its shapes, and the numbers in all of its tensors."""
+
+    architecture: Architecture
+    num_parameters: int
+
+
+@dataclass(frozen=True)
 class ModelLoad:
-    """How to load a model, and what decides the results of all that run it."""
+    """How to load a model, and what decides the results of all that run it.
+
+    Attributes:
+        size: None where no one asks what the steps will take.
+    """
 
     location: ModelLocation
     dtype: str
@@ -51,6 +64,7 @@ class ModelLoad:
     versions: dict[str, str] = field(
         default_factory=lambda: {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     )
+    size: ModelSize | None = None
 
     @property
     def pins(self) -> dict[str, Any]:
