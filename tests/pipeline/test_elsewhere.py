@@ -10,8 +10,9 @@ import pytest
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from jobs.bench.hub import Hub
 from tests.models import save_tiny_model
-from tests.servers import Hub, object_store
+from tests.servers import object_store
 from tests.zoos import rows, write_zoo
 
 SAMPLES = 4 * 8192  # bytes of a tensor that its identity reads
@@ -82,3 +83,33 @@ def test_decomposing_a_hub_model_asks_for_its_keys_and_values_alone(tmp_path):
         planned = lorc("plan", zoo_file, "--workdir", tmp_path / "other", **caches)
         assert planned.returncode == 0, planned.stdout + planned.stderr
         assert hub.weight_bytes_sent <= needed + 2 * looked_at, "planning read weights"
+
+
+class WaitingHub(Hub):
+    """Answers nothing of two models before it was asked for both."""
+
+    def __init__(self, models):
+        super().__init__(models)
+        self.both = threading.Barrier(2, timeout=20)
+        self.asked = set()
+
+    def told(self, request, model, what):
+        with self.counting:
+            is_first = model not in self.asked
+            self.asked.add(model)
+        if is_first:
+            self.both.wait()
+        return super().told(request, model, what)
+
+
+def test_hub_models_are_read_several_at_a_time(tmp_path):
+    zoo_file = write_zoo(tmp_path)
+    names = "small-llama", "tiny-opt"
+    for name in names:
+        zoo_file.write_text(zoo_file.read_text().replace(f"./{name}", f"lab/{name}"))
+    with WaitingHub({f"lab/{name}": tmp_path / name for name in names}) as hub:
+        caches = {"LORC_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url}
+        zoo, store = load_zoo(zoo_file), Store(tmp_path / "work")
+        script = PLAN.format(zoo_file=str(zoo_file), work=str(tmp_path / "work"))
+        planned = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "0"} | caches)
+    assert planned.stdout.split() == ["2", "0"], planned.stdout + planned.stderr
