@@ -68,7 +68,7 @@ def main(zoo: str, workdir: str, num_cpus: str, times: str) -> None:
     """In the process of the run; `times` is written with seconds since 1970."""
     import ray
 
-    from pipeline.running.runner import connected
+    from pipeline.running.connection import connected
     from pipeline.steps.outcome import Listener, Outcome, Started
     from pipeline.zoo.file import load_zoo
     from pipeline.zoo_run import run_zoo

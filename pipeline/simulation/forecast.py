@@ -16,7 +16,7 @@ from pipeline.steps.step import ModelStep, Step, distinct
 from pipeline.zoo.models import config_for_planning
 from pipeline.zoo.schema import Zoo
 from pipeline.zoo.sections import ModelEntry
-from pipeline.zoo_run import Until, wanted_steps
+from pipeline.zoo_run import wanted_steps
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,12 @@ class Costs:
         return parts.load_s + parts.work_s + parts.read_bytes / self.cluster.bandwidths.share(1, 1)
 
 
-def forecast(
-    zoo: Zoo, cluster: DeclaredCluster, *, until: Until = "register", models_in_flight: int = 0
-) -> Forecast:
+def forecast(zoo: Zoo, cluster: DeclaredCluster) -> Forecast:
     """Simulate the run of a zoo file; of its models nothing but the configs is read.
 
     Args:
         zoo: A checked zoo file.
         cluster: That is declared.
-        until: The last kind of step.
-        models_in_flight: See `simulate`.
 
     Raises:
         ConfigError: There is no rate for the GPUs that a model asks for, or no model can be run.
@@ -109,7 +105,7 @@ def forecast(
     if not planned:
         raise ConfigError("no model can be run: " + "; ".join(f"{name}: {why}" for name, why in refused.items()))
     costs = Costs(cluster, places)
-    steps = distinct(wanted_steps(planned, until))
+    steps = distinct(wanted_steps(planned, "register"))
     remaining = remaining_seconds(steps, costs.alone)
     units = cluster.units
     schedule = simulate(
@@ -119,7 +115,7 @@ def forecast(
         remaining=remaining,
         pace=Pace(units.start_s, units.end_s, units.worker_s, units.task_s),
         bandwidths=cluster.bandwidths,
-        models_in_flight=models_in_flight,
+        models_in_flight=zoo.cluster.models_in_flight,
     )
     return Forecast(
         models=tuple(model_forecast(steps.model.entry, places, schedule, costs) for steps in planned),

@@ -1,5 +1,8 @@
 """A model by its config alone, for steps that are planned and never run: nothing of it need be on any disk."""
 
+import json
+from functools import lru_cache
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -26,12 +29,18 @@ def planned_model(entry: ModelEntry, config: PreTrainedConfig) -> ResolvedModel:
         outline=entry.name,
         content=entry.name,
         architecture=architecture_of(config),
-        num_parameters=num_parameters(config),
+        num_parameters=num_parameters(type(config), config.to_json_string()),
     )
 
 
-def num_parameters(config: PreTrainedConfig) -> int:
-    """Of a model of that config, tied weights once; no memory is taken for them."""
+@lru_cache(maxsize=256)
+def num_parameters(config_class: type[PreTrainedConfig], config: str) -> int:
+    """Of a model of that config, tied weights once; no memory is taken for them.
+
+    Args:
+        config_class: Of the config.
+        config: As JSON: models of one shape are looked at once.
+    """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config_class.from_dict(json.loads(config)))
     return sum(parameter.numel() for parameter in model.parameters())
