@@ -1,9 +1,10 @@
 """Steps that wait: which are ready, and in what order they are to run."""
 
 from bisect import insort
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import merge
 
 from pipeline.steps.step import Need, Step
 
@@ -50,14 +51,14 @@ class WaitingBatches:
         self.missing: dict[int, set[str]] = {}  # by place, inputs that have no outcome yet
         self.readers: dict[str, list[int]] = {}  # of an input that has none
         self.ready: list[int] = []
-        self.ready_of: Counter[str] = Counter()  # how many, by model
+        self.ready_of: dict[str, list[int]] = defaultdict(list)  # the same, by model
         for place, batch in self.batches.items():
             missing = {needed.key for step in batch.steps for needed in step.input_steps() if needed.key not in known}
             if missing:
                 self.missing[place] = missing
             else:
                 self.ready.append(place)
-                self.ready_of[batch.model] += 1
+                self.ready_of[batch.model].append(place)
             for key in missing:
                 self.readers.setdefault(key, []).append(place)
 
@@ -73,7 +74,7 @@ class WaitingBatches:
                 if not self.missing[place]:
                     del self.missing[place]
                     insort(self.ready, place)
-                    self.ready_of[self.batches[place].model] += 1
+                    insort(self.ready_of[self.batches[place].model], place)
                     found.append(place)
         return found
 
@@ -87,8 +88,9 @@ class WaitingBatches:
     def take(self, places: Sequence[int]) -> list[Batch]:
         """Batches that wait no longer."""
         if gone := set(places):
-            self.ready_of.subtract(self.batches[place].model for place in self.ready if place in gone)
             self.ready = [place for place in self.ready if place not in gone]
+            for model in {self.batches[place].model for place in gone}:
+                self.ready_of[model] = [place for place in self.ready_of[model] if place not in gone]
         for place in places:
             self.missing.pop(place, None)
         return [self.batches.pop(place) for place in places]
@@ -127,18 +129,14 @@ def next_on_ray(
     gpus_are_free = not any(gathers_gpus(batch, begun) for batch in running)
     models = set(in_flight)
     found: list[int] = []
-    first = None
-    # Where there is no room for other models, thousands of theirs need not be looked at behind the last that may go.
+    # Where no other model may begin, thousands of its batches need not be looked at.
     full = len(models) >= room.models_in_flight
-    unseen = sum(waiting.ready_of[model] for model in models) if full else len(waiting.ready)
-    for place in waiting.ready:
-        if cpus >= GIVEN_AHEAD * room.num_cpus or not (unseen or first is None):
-            break
+    for place in merge(*(waiting.ready_of[model] for model in models)) if full else waiting.ready:
         batch = waiting.batches[place]
-        unseen -= not full or batch.model in models
+        if cpus >= GIVEN_AHEAD * room.num_cpus:
+            break
         if batch.need is None:
             continue
-        first = place if first is None else first
         if batch.model not in models and len(models) >= room.models_in_flight:
             continue
         if batch.need.num_gpus:
@@ -149,8 +147,10 @@ def next_on_ray(
         cpus, gpus = cpus + batch.need.num_cpus, gpus + batch.need.num_gpus
         models.add(batch.model)
         found.append(place)
+    if found or running:
+        return found
     # Models in flight may all wait for a step that they share with one that is not.
-    return found if found or running or first is None else [first]
+    return [place for place in waiting.ready if waiting.batches[place].need is not None][:1]
 
 
 def gathers_gpus(batch: Batch, begun: Collection[str]) -> bool:

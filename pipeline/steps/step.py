@@ -11,7 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -41,6 +41,12 @@ class Need:
     memory_bytes: int = 0
 
 
+@cache
+def library_versions() -> dict[str, str]:
+    """Of those that decide what a model computes."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+
+
 @dataclass(frozen=True)
 class ModelSize:
     """What running a model costs depends on: its shapes, and the numbers in all of its tensors."""
@@ -61,9 +67,7 @@ class ModelLoad:
     dtype: str
     trust_remote_code: bool
     content: str | None
-    versions: dict[str, str] = field(
-        default_factory=lambda: {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    )
+    versions: dict[str, str] = field(default_factory=lambda: dict(library_versions()))
     size: ModelSize | None = None
 
     @property
