@@ -46,7 +46,9 @@ def gpus_line(model: ModelForecast) -> str:
 def offload_line(model: ModelForecast) -> str:
     """What of the weights the GPUs cannot hold."""
     offloaded = model.placement.offloaded_bytes
-    return f"{size(offloaded)} of its weights stay in the node's memory and are copied at each pass" if offloaded else ""
+    return (
+        f"{size(offloaded)} of its weights stay in the node's memory and are copied at each pass" if offloaded else ""
+    )
 
 
 def totals(forecast: Forecast) -> str:

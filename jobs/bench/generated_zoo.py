@@ -10,13 +10,18 @@ import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 VOCABULARY = 512
 TEXT_TOKENS = 1 << 16
 
 
 def write_generated_zoo(
-    directory: Path, name: str, shapes: Mapping[str, Mapping[str, int]], variants: Sequence[Mapping[str, Any]], **sections: Any
+    directory: Path,
+    name: str,
+    shapes: Mapping[str, Mapping[str, int]],
+    variants: Sequence[Mapping[str, Any]],
+    **sections: Any,
 ) -> Path:
     """Write models, texts and the zoo file.
 
@@ -50,8 +55,10 @@ def write_generated_zoo(
 
 def write_model(directory: Path, shape: Mapping[str, int], seed: int) -> None:
     """A Llama of that shape with random weights, and a tokenizer whose words are numbers."""
+    transformers_logging.disable_progress_bar()
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1, **shape)
+    facts: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, **shape}
+    config = LlamaConfig(**facts)
     LlamaForCausalLM(config).save_pretrained(directory)
     words = WordLevel({str(number): number for number in range(VOCABULARY)}, unk_token="0")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), bos_token="0", eos_token="1").save_pretrained(directory)

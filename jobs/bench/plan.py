@@ -1,7 +1,7 @@
 """Benchmark of the plan: `lorc bench plan`.
 
-Measures the unit costs of this machine, predicts the run of a zoo of generated models on it, and then runs that zoo on a
-Ray node of its own: simulated over measured seconds, of the whole and of each kind of step. Nothing of the run that is
+Measures the unit costs of this machine, predicts the run of a zoo of generated models on it, and then runs that zoo on
+a Ray node of its own: simulated over measured seconds, of the whole and of each kind of step. Nothing of the run that is
 predicted is measured before.
 """
 

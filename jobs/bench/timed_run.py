@@ -32,7 +32,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class TimedRun:
-    """Steps in the order in which the driver heard of their ends, and seconds from the start of the process to its end."""
+    """Steps in the order in which the driver heard of their ends, and seconds of the whole process."""
 
     steps: tuple[StepTime, ...]
     wall_s: float

@@ -4,6 +4,7 @@ Rates of float64 linear algebra, of running models and of reading and writing, w
 however small their model is, from the run of a zoo of tiny models.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def task_seconds(run: TimedRun) -> float:
 
 
 def gaps(steps: Sequence[StepTime]) -> Iterator[float]:
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in itertools.pairwise(steps):
         if before.model == after.model:
             yield max(after.started - before.ended, 0.0)
 

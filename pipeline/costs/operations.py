@@ -1,6 +1,6 @@
 """Linear algebra of a step in float64, counted from shapes.
 
-Counts are nominal: seconds per count are measured at several widths with the same counts, so that their constants cancel.
+Counts are nominal: rates are measured at several widths with the same counts, so that their constants cancel.
 
 Shapes: N kv_width, I in_features, W width of a block, D head_dim.
 """

@@ -28,8 +28,8 @@ def remaining_seconds(steps: Sequence[Step], seconds_of: Callable[[Step], float]
         step = by_key[ready.pop()]
         after = max((remaining[reader.key] for reader in readers[step.key]), default=0.0)
         remaining[step.key] = seconds_of(step) + after
-        for needed in {needed.key for needed in step.input_steps()} & missing.keys():
-            missing[needed] -= 1
-            if not missing[needed]:
-                ready.append(needed)
+        for key in {needed.key for needed in step.input_steps()} & missing.keys():
+            missing[key] -= 1
+            if not missing[key]:
+                ready.append(key)
     return remaining

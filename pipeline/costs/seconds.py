@@ -51,7 +51,7 @@ def seconds_parts(step: Step, units: UnitCosts, copy_s: float = 0.0) -> StepSeco
     if need.num_gpus and dtype in units.gpu_flops_per_s:
         extra = MOMENTS_ON_GPU if work.operations else 0.0
         # accelerate spreads layers over GPUs, which work one after another: several have one's speed
-        rate = units.gpu_flops_per_s[dtype]  # type: ignore[index]
+        rate = units.gpu_flops_per_s[dtype]
         work_s += work.forward_flops * (1 + extra) / rate + work.passes * copy_s
     else:
         threads = max(1, math.floor(need.num_cpus))

@@ -56,7 +56,7 @@ class UnitCosts(Strict):
     measured_on: str
     algebra_flops_per_s: dict[Algebra, Rates]
     cpu_flops_per_s: dict[Dtype, Rates]
-    gpu_flops_per_s: dict[Dtype, Positive] = {}
+    gpu_flops_per_s: dict[Dtype, Positive] = Field(default_factory=dict)
     read_bytes_per_s: Positive
     artifact_bytes_per_s: Positive
     start_s: Seconds

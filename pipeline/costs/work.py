@@ -13,7 +13,7 @@ from pipeline.costs.operations import (
     moment_operations,
     projection_error_operations,
 )
-from pipeline.steps.layers import ChangeBasisStep, DecomposeStep, LayerStep, TrainStep
+from pipeline.steps.layers import DecomposeStep, LayerStep, TrainStep
 from pipeline.steps.ranks import ProbeStep, SearchStep
 from pipeline.steps.scores import EvaluateStep
 from pipeline.steps.step import ModelLoad, ModelSize, ModelStep, Step

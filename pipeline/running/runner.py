@@ -95,9 +95,7 @@ class Work:
             self.skip_broken(place)
         self.refuse_impossible()
         while self.waiting or self.running:
-            room = Room(
-                self.nodes.capacity("CPU"), self.nodes.capacity("GPU"), self.cluster.models_in_flight
-            )
+            room = Room(self.nodes.capacity("CPU"), self.nodes.capacity("GPU"), self.cluster.models_in_flight)
             chosen = next_on_ray(self.waiting, self.running.values(), self.begun, self.in_flight, room)
             for batch in self.waiting.take(chosen):
                 self.submit(batch)

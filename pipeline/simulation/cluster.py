@@ -17,8 +17,8 @@ MOST_NODES = 10_000
 class NodeKind(Strict):
     """Nodes that are alike.
 
-    `gpu_flops_per_s` takes the place of the unit costs' rates, by dtype; `gpu_copy_bytes_per_s` is how fast weights that
-    do not fit the GPUs come to them.
+    `gpu_flops_per_s` takes the place of the unit costs' rates, by dtype; `gpu_copy_bytes_per_s` is how fast weights
+    that do not fit the GPUs come to them.
     """
 
     name: Name
@@ -27,7 +27,7 @@ class NodeKind(Strict):
     memory_gib: Annotated[float, Field(gt=0)]
     num_gpus: Annotated[int, Field(ge=0, le=MOST_NODES)] = 0
     gpu_memory_gib: Annotated[Annotated[float, Field(gt=0)] | None, Field(validate_default=True)] = None
-    gpu_flops_per_s: dict[Dtype, Positive] = {}
+    gpu_flops_per_s: dict[Dtype, Positive] = Field(default_factory=dict)
     gpu_copy_bytes_per_s: Positive = PCIE_BYTES_PER_S
 
     @field_validator("gpu_memory_gib")

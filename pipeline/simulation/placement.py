@@ -1,6 +1,5 @@
 """Where a model would be evaluated: how its weights lie on the GPUs of a node, and what is left for its memory."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +9,7 @@ from transformers import PreTrainedConfig
 from lorc_core.errors import ConfigError
 from pipeline.evaluation import DTYPES, device_plan
 from pipeline.simulation.cluster import DeclaredCluster, NodeKind
+from pipeline.simulation.planned import config_of
 from pipeline.zoo.models import ResolvedModel
 from pipeline.zoo.sections import GIB, Dtype, ModelEntry
 
@@ -76,7 +76,7 @@ def placed(kind: NodeKind, model: ResolvedModel, config: PreTrainedConfig) -> Pl
         if weights > kind.memory_bytes:
             raise too_large(weights, f"the memory of a node {kind.name}, {kind.memory_gib:g} GiB")
         return Placement(kind)
-    held = held_bytes(type(config), config.to_json_string(), model.entry.dtype, gpus, kind.gpu_memory_bytes, kind.memory_bytes)
+    held = held_bytes(config.to_json_string(), model.entry.dtype, gpus, kind.gpu_memory_bytes, kind.memory_bytes)
     if "disk" in held:
         room = f"{gpus} GPUs of {kind.gpu_memory_gib:g} GiB and {kind.memory_gib:g} GiB of memory of a node {kind.name}"
         raise too_large(weights, room)
@@ -84,13 +84,10 @@ def placed(kind: NodeKind, model: ResolvedModel, config: PreTrainedConfig) -> Pl
 
 
 @lru_cache(maxsize=256)
-def held_bytes(
-    config_class: type[PreTrainedConfig], config: str, dtype: Dtype, gpus: int, gpu_bytes: int, memory_bytes: int
-) -> dict[int | str, int]:
+def held_bytes(config: str, dtype: Dtype, gpus: int, gpu_bytes: int, memory_bytes: int) -> dict[int | str, int]:
     """By device, the bytes of weights there; models of one shape lie alike.
 
     Args:
-        config_class: Of the config.
         config: As JSON.
         dtype: Of the weights.
         gpus: How many there are.
@@ -98,7 +95,7 @@ def held_bytes(
         memory_bytes: Of the node, for what the GPUs do not hold.
     """
     memory: dict[int | str, int] = {**dict.fromkeys(range(gpus), gpu_bytes), "cpu": memory_bytes}
-    return device_plan(config_class.from_dict(json.loads(config)), DTYPES[dtype], memory)[1]
+    return device_plan(config_of(config), DTYPES[dtype], memory)[1]
 
 
 def too_large(weights: int, room: str) -> ConfigError:

@@ -4,7 +4,7 @@ import json
 from functools import lru_cache
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.stored.locations import ModelLocation
@@ -29,18 +29,22 @@ def planned_model(entry: ModelEntry, config: PreTrainedConfig) -> ResolvedModel:
         outline=entry.name,
         content=entry.name,
         architecture=architecture_of(config),
-        num_parameters=num_parameters(type(config), config.to_json_string()),
+        num_parameters=num_parameters(config.to_json_string()),
     )
 
 
 @lru_cache(maxsize=256)
-def num_parameters(config_class: type[PreTrainedConfig], config: str) -> int:
+def num_parameters(config: str) -> int:
     """Of a model of that config, tied weights once; no memory is taken for them.
 
     Args:
-        config_class: Of the config.
         config: As JSON: models of one shape are looked at once.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_class.from_dict(json.loads(config)))
+        model = AutoModelForCausalLM.from_config(config_of(config))
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def config_of(config: str) -> PreTrainedConfig:
+    """The config that was written as JSON."""
+    return AutoConfig.for_model(**json.loads(config))

@@ -31,6 +31,9 @@ class Pace:
     task_s: float = 0.0
 
 
+AT_ONCE, UNLIMITED = Pace(), Bandwidths(math.inf)
+
+
 @dataclass(frozen=True)
 class Interval:
     """One step, done.
@@ -80,8 +83,8 @@ def simulate(
     seconds_on: Callable[[Step, str | None], StepSeconds],
     *,
     remaining: Mapping[str, float],
-    pace: Pace = Pace(),
-    bandwidths: Bandwidths = Bandwidths(math.inf),
+    pace: Pace = AT_ONCE,
+    bandwidths: Bandwidths = UNLIMITED,
     models_in_flight: float = math.inf,
 ) -> Schedule:
     """Run steps on nodes.
@@ -109,9 +112,7 @@ def simulate(
 class Simulation:
     """The driver, with its own clock: it hands out, runs steps of its own, and listens, as the runner's `Work` does."""
 
-    def __init__(
-        self, steps: Sequence[Step], remaining: Mapping[str, float], machines: "Machines", room: Room
-    ) -> None:
+    def __init__(self, steps: Sequence[Step], remaining: Mapping[str, float], machines: "Machines", room: Room) -> None:
         keys = {step.key for step in steps}
         done = {needed.key for step in steps for needed in step.input_steps()} - keys
         self.waiting = WaitingBatches(batches_of(steps), done, remaining)

@@ -102,7 +102,7 @@ def root_problems(error: ValidationError) -> list[Any]:
 
 
 def described(problem: Any, schema: type[BaseModel] = Zoo) -> Iterator[str]:
-    """One pydantic error of a file of that schema, a line for each thing that it tells: the field, what is allowed, what was given."""
+    """One pydantic error, a line for each thing that it tells: the field, what is allowed, what was given."""
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         allowed = fields_at(problem["loc"][:-1], schema)

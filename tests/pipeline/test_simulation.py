@@ -36,7 +36,10 @@ class TimedStep(FileStep):
         pass
 
 
-def step(number, seconds=1.0, *after, model="m", need=Need(), **fields):
+ONE_CPU = Need()
+
+
+def step(number, seconds=1.0, *after, model="m", need=ONE_CPU, **fields):
     return TimedStep(model=model, number=number, seconds=seconds, after=after, need=need, **fields)
 
 
