@@ -23,6 +23,7 @@ class StepTime:
     variant: str | None
     started: float
     seconds: float
+    cpu_s: float
     told: float  # when the driver heard of its end
 
     @property
@@ -86,7 +87,8 @@ def main(zoo: str, workdir: str, num_cpus: str, times: str) -> None:
         def record(self, outcome: Outcome) -> None:
             if outcome.key in self.started and outcome.cost is not None:
                 row = outcome.key, outcome.name, outcome.model, outcome.variant
-                self.steps.append(StepTime(*row, self.started[outcome.key], outcome.cost.wall_s, time.time()))
+                took = outcome.cost.wall_s, outcome.cost.cpu_s
+                self.steps.append(StepTime(*row, self.started[outcome.key], *took, time.time()))
 
     listener, checked = Times(), load_zoo(zoo)
     ray.init(address="local", num_cpus=int(num_cpus), include_dashboard=False, log_to_driver=False)

@@ -1,6 +1,7 @@
 """What a zoo would take on a declared cluster, from nothing done to everything registered."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorc_core.errors import ConfigError, LorcError
@@ -132,8 +133,8 @@ def check_rates(cluster: DeclaredCluster, entry: ModelEntry, places: Mapping[str
     for placement in places.values():
         if entry.resources.num_gpus and entry.dtype not in cluster.units_of(placement.kind).gpu_flops_per_s:
             raise ConfigError(
-                f"nodes {placement.kind.name}: no gpu_flops_per_s for {entry.dtype}, which {entry.name} is run in; give "
-                "it there, or take units that `lorc bench units` measured on such a GPU"
+                f"nodes {placement.kind.name}: no gpu_flops_per_s for {entry.dtype}, which {entry.name} is run in; "
+                "give it there, or take units that `lorc bench units` measured on such a GPU"
             )
 
 
@@ -175,9 +176,9 @@ def busy_shares(forecast: Forecast) -> tuple[float, float | None]:
     return forecast.schedule.cpu_s / (forecast.num_cpus * wall_s), gpus
 
 
-def step_seconds(schedule: Schedule, names: Sequence[str]) -> dict[str, float]:
+def step_seconds(schedule: Schedule) -> dict[str, float]:
     """By kind of step, seconds of all of them."""
-    total = dict.fromkeys(names, 0.0)
+    total: Counter[str] = Counter()
     for interval in schedule.intervals:
-        total[interval.step.name] = total.get(interval.step.name, 0.0) + interval.seconds
-    return total
+        total[interval.step.name] += interval.seconds
+    return dict(total)

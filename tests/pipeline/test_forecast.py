@@ -57,7 +57,7 @@ def test_a_wrong_cluster_file_is_refused_by_its_field(changes, message, tmp_path
 
 
 def test_a_cluster_file_that_is_not_there_or_no_mapping_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="cluster file .* does not exist"):
+    with pytest.raises(ConfigError, match=r"cluster file .* does not exist"):
         load_cluster(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="must be a mapping with the fields nodes, units"):
