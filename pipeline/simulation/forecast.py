@@ -1,6 +1,6 @@
 """What a zoo would take on a declared cluster, from nothing done to everything registered."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -178,7 +178,7 @@ def busy_shares(forecast: Forecast) -> tuple[float, float | None]:
 
 def step_seconds(schedule: Schedule) -> dict[str, float]:
     """By kind of step, seconds of all of them."""
-    total: Counter[str] = Counter()
+    total: defaultdict[str, float] = defaultdict(float)
     for interval in schedule.intervals:
         total[interval.step.name] += interval.seconds
     return dict(total)
