@@ -91,7 +91,7 @@ def rescheduled(schedule: Schedule, cluster: DeclaredCluster, run: TimedRun) -> 
     def seconds_on(step: Step, kind: str | None) -> StepSeconds:
         return StepSeconds(0.0, 0.0, mean(measured[step.name, step.model, step.label]))
 
-    steps = [interval.step for interval in schedule.intervals]
+    steps = [interval.step for interval in schedule.intervals]  # the same as were run: models lie in directories
     units = cluster.units
     return simulate(
         steps,
