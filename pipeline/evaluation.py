@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import infer_auto_device_map, init_empty_weights
+from accelerate import infer_auto_device_map
 from accelerate.utils import compute_module_sizes, get_balanced_memory, get_max_memory
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -42,7 +42,7 @@ def device_plan(
     """
     # Planning for GPUs that are not here is the point; accelerate would warn of each.
     logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)
-    with init_empty_weights():
+    with torch.device("meta"):  # a third of the time of accelerate's `init_empty_weights`, for 126 layers
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     options = {"no_split_module_classes": model._no_split_modules, "dtype": dtype}
