@@ -10,10 +10,10 @@ import pytest
 from safetensors.torch import load_file
 
 from lorc_core.errors import NumericsError
-from pipeline.steps.outcome import Listener, Outcome
 from pipeline.running.runner import run_steps
-from pipeline.steps.step import FileStep, Place, Recipe
 from pipeline.running.work import run_group
+from pipeline.steps.outcome import Listener, Outcome
+from pipeline.steps.step import FileStep, Place, Recipe
 from pipeline.storage import cost
 from pipeline.storage.store import Store
 from pipeline.zoo.sections import Cluster

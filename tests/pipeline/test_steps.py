@@ -19,12 +19,12 @@ from lorc_core.model.kinds import KeysValues
 from lorc_core.model.stored.checkpoint import Checkpoint
 from lorc_core.model.stored.weights import layer_digest
 from lorc_core.ranks.schedules import Sensitivity
+from pipeline.running.runner import run_steps
+from pipeline.running.work import run_group
 from pipeline.steps.graph import model_steps
 from pipeline.steps.outcome import Listener, Outcome
 from pipeline.steps.ranks import SearchStep
-from pipeline.running.runner import run_steps
 from pipeline.steps.step import FileStep, Input, ModelLoad, ModelStep, Pin, Place, Recipe, Step, distinct
-from pipeline.running.work import run_group
 from pipeline.storage.artifacts import save_digest
 from pipeline.storage.store import Store
 from pipeline.zoo.file import load_zoo

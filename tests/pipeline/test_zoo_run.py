@@ -19,8 +19,8 @@ import lorc_core
 from lorc_core.errors import ConfigError
 from pipeline.registry.versions import connect
 from pipeline.results import results
-from pipeline.steps.outcome import Listener
 from pipeline.running.runner import connected, what_lacks
+from pipeline.steps.outcome import Listener
 from pipeline.steps.step import Need
 from pipeline.zoo.file import load_zoo
 from pipeline.zoo_run import run_zoo
