@@ -27,7 +27,7 @@ class SharedModel:
         self.model: PreTrainedModel | None = None
         self.failure: Exception | None = None
 
-    def loaded(self, step: ModelStep) -> "PreTrainedModel":
+    def loaded(self, step: ModelStep, store: Store) -> "PreTrainedModel":
         """What loading it raised once, it raises for every step."""
         from pipeline.evaluation import loaded_model
 
@@ -36,7 +36,14 @@ class SharedModel:
         if self.model is None:
             try:
                 directory = step.loads.location.directory(weights=True)
-                loading = loaded_model(directory, step.loads.dtype, trust_remote_code=step.loads.trust_remote_code)
+                batch_size, window_tokens = step.batch_shape(store)
+                loading = loaded_model(
+                    directory,
+                    step.loads.dtype,
+                    batch_size=batch_size,
+                    window_tokens=window_tokens,
+                    trust_remote_code=step.loads.trust_remote_code,
+                )
                 self.model = self.opened.enter_context(loading)
             except Exception as error:
                 self.failure = error
@@ -82,4 +89,4 @@ def started_step(step: Step, output: Path, store: Store, model: SharedModel) -> 
     if isinstance(step, FileStep):
         return step.run(output, store)
     assert isinstance(step, ModelStep)
-    return step.run(output, store, model.loaded(step))
+    return step.run(output, store, model.loaded(step, store))

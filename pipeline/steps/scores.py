@@ -14,7 +14,7 @@ from lorc_core.variant import load_variant
 from pipeline.gates import fell, losses_of, paired_rise, standard_error
 from pipeline.registry.tracking import artifact_root
 from pipeline.steps.step import FileStep, Input, ModelStep, Need, Place, Recipe
-from pipeline.steps.texts import WindowsStep, windows_of
+from pipeline.steps.texts import WindowsStep, longest, windows_of
 from pipeline.steps.variants import VariantStep
 from pipeline.storage.store import Store
 from pipeline.storage.tables import read_rows, write_table
@@ -39,6 +39,9 @@ class EvaluateStep(ModelStep):
     def group(self) -> str:
         """A model is loaded once for all of its variants."""
         return f"evaluate {self.model}"
+
+    def batch_shape(self, store: Store) -> tuple[int, int]:
+        return self.batch_size, longest(self.windows)
 
     def run(self, output: Path, store: Store, model: "PreTrainedModel") -> None:
         from lorc_core.attention.attach import attach
@@ -133,6 +136,10 @@ class RegressStep(ModelStep):
     tolerance: Recipe[float]
     variant_dir: Place[Path]
     evaluation_dir: Place[Path]
+
+    def batch_shape(self, store: Store) -> tuple[int, int]:
+        pinned = (np.load(self.evaluation_dir / f"{text}.npy", mmap_mode="r") for text in self.text_names)
+        return self.batch_size, max(windows.shape[1] for windows in pinned)
 
     def run(self, output: Path, store: Store, model: "PreTrainedModel") -> None:
         from lorc_core.attention.attach import attach

@@ -138,6 +138,10 @@ class ModelStep(Step):
         return self.loads.pins | super().pins
 
     @abstractmethod
+    def batch_shape(self, store: Store) -> tuple[int, int]:
+        """Windows, and tokens of each, of the largest batch that it gives to the model."""
+
+    @abstractmethod
     def run(self, output: Path, store: Store, model: "PreTrainedModel") -> Progress | None:
         """Write the artifact into the directory `output`; a long step yields how far it has come."""
 
