@@ -36,7 +36,7 @@ LLAMA_405B = {
 def config_of(name):
     if name == "405b":
         return LlamaConfig(**LLAMA_405B)
-    return read_config(REPOSITORY / "examples" / "configs" / f"llama-3.1-{name}.json")
+    return read_config(REPOSITORY / "examples" / "configs" / f"llama-{name}.json")
 
 
 def computes_on(plan, module):
@@ -48,7 +48,8 @@ def computes_on(plan, module):
 
 def filled(config, plan, gpus):
     """Bytes on each device, added up from the config alone: a second way to the sum that `held` tells."""
-    hidden, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
+    hidden = config.hidden_size
+    kv_width = hidden // config.num_attention_heads * config.num_key_value_heads
     layer = 2 * (2 * hidden**2 + 2 * hidden * kv_width + 3 * hidden * config.intermediate_size + 2 * hidden)
     cache = 2 * 2 * kv_width * SHAPE["batch_size"] * SHAPE["window_tokens"]
     total = dict.fromkeys((*gpus, "cpu", "disk"), 0)
@@ -63,25 +64,34 @@ def filled(config, plan, gpus):
 
 
 @pytest.mark.parametrize(
-    ("name", "num_gpus", "kept_on"), [("70b", 8, "GPUs"), ("70b", 2, "cpu"), ("405b", 8, "cpu"), ("405b", 2, "disk")]
+    ("name", "num_gpus", "gpu_gib", "kept_on"),
+    [
+        ("3.1-70b", 8, 80, "GPUs"),
+        ("3.1-70b", 2, 80, "cpu"),
+        ("2-13b", 1, 28, "cpu"),  # of a wide cache, 12.5 GiB, much of layers on the processor
+        ("405b", 8, 80, "cpu"),
+        ("405b", 2, 80, "disk"),
+    ],
 )
-def test_nothing_is_above_its_capacity(name, num_gpus, kept_on):
+def test_nothing_is_above_its_capacity(name, num_gpus, gpu_gib, kept_on):
     config, gpus = config_of(name), range(num_gpus)
-    capacity = dict.fromkeys(gpus, 80 * GIB) | {"cpu": 400 * GIB}
+    capacity = dict.fromkeys(gpus, gpu_gib * GIB) | {"cpu": 400 * GIB}
     plan = device_plan(config, torch.bfloat16, capacity, **SHAPE)
     total = filled(config, plan, gpus)
     for device, most in capacity.items():
         assert total[device] <= most, device
         if device in plan.held:
             assert total[device] <= plan.held[device].total_bytes <= most
-    assert sum(held.cache_bytes for held in plan.held.values()) == 16384 * 4 * 8 * 128 * config.num_hidden_layers
+    assert sum(held.cache_bytes for held in plan.held.values()) == (
+        16384 * 4 * config.num_key_value_heads * 128 * config.num_hidden_layers
+    )
     assert not any(
         held.cache_bytes or held.activation_bytes for device, held in plan.held.items() if device not in gpus
     )
     assert set(plan.held) - set(gpus) == {"GPUs": set(), "cpu": {"cpu"}, "disk": {"cpu", "disk"}}[kept_on]
 
 
-@pytest.mark.parametrize(("name", "num_gpus"), [("70b", 2), ("405b", 2)])
+@pytest.mark.parametrize(("name", "num_gpus"), [("3.1-70b", 2), ("405b", 2)])
 def test_weights_alone_would_overfill(name, num_gpus):
     """The control: the same sum of a plan for next to no tokens is above the capacity."""
     config, gpus = config_of(name), range(num_gpus)
@@ -90,7 +100,7 @@ def test_weights_alone_would_overfill(name, num_gpus):
 
 
 def test_what_fits_the_gpus_is_not_kept_elsewhere_where_an_even_share_does_not_fit_one():
-    config, capacity = config_of("70b"), {0: 120 * GIB, 1: 62 * GIB, "cpu": 400 * GIB}
+    config, capacity = config_of("3.1-70b"), {0: 120 * GIB, 1: 62 * GIB, "cpu": 400 * GIB}
     plan = device_plan(config, torch.bfloat16, capacity, **SHAPE)
     assert set(plan.devices.values()) == {0, 1}
     assert all(held.total_bytes <= capacity[device] for device, held in plan.held.items())
