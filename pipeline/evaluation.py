@@ -75,7 +75,6 @@ def loaded_model(
                 torch.cuda.empty_cache()
 
 
-@torch.inference_mode()
 def window_losses(
     model: PreTrainedModel, windows: Int[np.ndarray, "windows tokens"], batch_size: int
 ) -> tuple[Float[np.ndarray, " windows"], float]:
@@ -85,6 +84,25 @@ def window_losses(
         model: With or without a variant attached.
         windows: Token ids; the first token of each window is not scored.
         batch_size: Windows at a time.
+
+    Raises:
+        NumericsError: A loss is NaN or infinite.
+    """
+    losses, held_bytes = losses_and_bytes(model, windows, batch_size)
+    return losses, held_bytes / windows.size
+
+
+@torch.inference_mode()
+def losses_and_bytes(
+    model: PreTrainedModel, windows: Int[np.ndarray, "windows tokens"], batch_size: int, first_window: int = 0
+) -> tuple[Float[np.ndarray, " windows"], int]:
+    """See `window_losses`; cache bytes of all batches together, which may be added to those of others.
+
+    Args:
+        model: With or without a variant attached.
+        windows: Token ids.
+        batch_size: Windows at a time.
+        first_window: The number, among those of the text, of the first one.
 
     Raises:
         NumericsError: A loss is NaN or infinite.
@@ -100,8 +118,9 @@ def window_losses(
         losses.append(token_losses.mean(dim=1).double().cpu().numpy())
     joined = np.concatenate(losses)
     if not np.isfinite(joined).all():
-        raise NumericsError(f"window {int(np.argmin(np.isfinite(joined)))}: the loss is NaN or infinite")
-    return joined, held_bytes / windows.size
+        window = first_window + int(np.argmin(np.isfinite(joined)))
+        raise NumericsError(f"window {window}: the loss is NaN or infinite")
+    return joined, held_bytes
 
 
 def logits_through_cache(

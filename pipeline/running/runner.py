@@ -22,6 +22,7 @@ from ray._private.state import state
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from lorc_core.errors import ConfigError, first_line
+from pipeline.running.replicas import Replicas, can_spread, less
 from pipeline.steps.outcome import Listener, Milestone, Outcome, Started
 from pipeline.steps.step import Need, Step
 from pipeline.storage.store import Store
@@ -154,6 +155,7 @@ class Work:
     outcomes: dict[str, Outcome]
     waiting: list[Batch]
     running: dict[Any, list[Step]] = field(default_factory=dict)  # by their task's stream of outcomes
+    replicas: Replicas = field(default_factory=Replicas)
     blocked: Outcome | None = None  # of a step in this process, which what may pass was in the way of
 
     def finish(self) -> None:
@@ -162,11 +164,28 @@ class Work:
         while self.waiting or self.running:
             ready = [batch for batch in self.waiting if self.is_ready(batch)]
             self.waiting = [batch for batch in self.waiting if not self.is_ready(batch)]
-            for batch in ready:
+            for batch in self.spread(ready):
                 self.start(batch)
             assert ready or self.running, "a step needs one that is neither done nor to be run"
             if self.running and not ready:
                 self.receive()
+
+    def spread(self, ready: list[Batch]) -> list[Batch]:
+        """The same batches, or shares of them where GPUs are free; what joins the shares waits for them."""
+        if not any(can_spread(batch.steps) for batch in ready):
+            return ready
+        batches = batches_of(self.replicas.spread([batch.steps for batch in ready], self.free_resources()))
+        self.waiting += [batch for batch in batches if not self.is_ready(batch)]
+        return [batch for batch in batches if self.is_ready(batch)]
+
+    def free_resources(self) -> dict[str, float]:
+        """What no one has, nor will have when all that was submitted here runs."""
+        free: dict[str, float] = ray.cluster_resources()
+        for steps in self.running.values():
+            assert steps[0].need is not None
+            free = less(free, steps[0].need)
+        available = ray.available_resources()
+        return {name: min(amount, available.get(name, 0)) for name, amount in free.items()}
 
     def refuse_impossible(self) -> None:
         """Record the steps that the cluster can never run as failed, before anything runs: a night is long."""
@@ -265,14 +284,16 @@ class Work:
 
     def record(self, told: Started | Milestone | Outcome) -> None:
         """Note an outcome; tell what came."""
-        match told:
-            case Started():
-                self.listener.start(told)
-            case Milestone():
-                self.listener.advance(told)
-            case Outcome():
-                self.outcomes[told.key] = told
-                self.listener.record(told)
+        if isinstance(told, Outcome):
+            self.outcomes[told.key] = told
+        match self.replicas.told(told):
+            case Started() as started:
+                self.listener.start(started)
+            case Milestone() as reached:
+                self.listener.advance(reached)
+            case Outcome() as outcome:
+                self.outcomes[outcome.key] = outcome
+                self.listener.record(outcome)
 
 
 def what_lacks(need: Need) -> str | None:

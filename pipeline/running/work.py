@@ -72,12 +72,15 @@ def run_step(step: Step, store: Store, model: SharedModel) -> Iterator[Started |
         return
     meter = Meter()
     try:
+        meter.parts = [store.cost(part) for part in step.parts]
         with store.writing(step, meter) as scratch:
             for done, total in started_step(step, scratch, store, model) or ():
                 yield Milestone(step.key, done, total)
         store.log(step.key).unlink(missing_ok=True)  # of an earlier attempt
         if (resume_dir := step.resume_dir(store)) is not None:
             shutil.rmtree(resume_dir, ignore_errors=True)
+        for part in step.parts:
+            store.remove(part.key)
         outcome = Outcome.done(step, store)
     except Exception as error:  # noqa: BLE001  see `run_group`
         outcome = replace(step_failure(step, error, store), cost=meter.cost())
