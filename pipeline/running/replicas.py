@@ -11,20 +11,9 @@ from dataclasses import dataclass, field, replace
 from pipeline.steps.outcome import Milestone, Outcome, Started
 from pipeline.steps.scores import EvaluateStep
 from pipeline.steps.shares import EvaluateShareStep, joining, shared
-from pipeline.steps.step import Need, Step
+from pipeline.steps.step import Step
 
 Resources = Mapping[str, float]  # "CPU", "GPU", "memory" and others, as Ray names them
-
-
-def asked(need: Need) -> dict[str, float]:
-    """What one task takes of each of Ray's resources, without those it takes nothing of."""
-    amounts = {"CPU": need.num_cpus, "GPU": need.num_gpus, "memory": need.memory_bytes}
-    return {name: amount for name, amount in amounts.items() if amount}
-
-
-def less(free: Resources, need: Need, times: int = 1) -> dict[str, float]:
-    taken = asked(need)
-    return {name: amount - times * taken.get(name, 0) for name, amount in free.items()}
 
 
 def can_spread(steps: Sequence[Step]) -> bool:
@@ -35,29 +24,39 @@ def can_spread(steps: Sequence[Step]) -> bool:
     )
 
 
-def spread(groups: Sequence[Sequence[Step]], free: Resources) -> list[Step]:
+def spread(groups: Sequence[Sequence[Step]], free_gpus: float, whole: Resources) -> list[Step]:
     """Steps with evaluations as shares where more GPUs are free than all groups ask for; first come, first served.
 
     Args:
         groups: Steps that run in one task each.
-        free: What the cluster has left. With several kinds of GPUs nothing is spread: they round differently.
+        free_gpus: That no task has, nor waits for.
+        whole: What the cluster has, free or not. Nothing is spread over several kinds of GPUs: they round differently.
 
     Returns:
         The same steps, those that are spread replaced by their shares and what joins them.
     """
-    for steps in groups:
-        if steps[0].need is not None:
-            free = less(free, steps[0].need)
-    alike = sum(name.startswith("accelerator_type:") for name in free) <= 1
+    spare = math.floor(free_gpus - sum(gpus_of(steps) for steps in groups))
+    alike = sum(name.startswith("accelerator_type:") for name in whole) <= 1
     found: list[Step] = []
     for steps in groups:
-        need, more = steps[0].need, 0
-        if alike and need is not None and can_spread(steps):
-            affordable = min(math.floor(free.get(name, 0) / amount) for name, amount in asked(need).items())
-            more = max(0, min(affordable, *(step.num_batches - 1 for step in steps if isinstance(step, EvaluateStep))))
-            free = less(free, need, more)
-        found += in_shares(steps, 1 + more) if more else steps
+        more = min(spare, most_replicas(steps, whole) - 1) if alike and can_spread(steps) else 0
+        spare -= max(0, more)
+        found += in_shares(steps, 1 + more) if more > 0 else steps
     return found
+
+
+def gpus_of(steps: Sequence[Step]) -> float:
+    """What the task of a group takes."""
+    return 0 if steps[0].need is None else steps[0].need.num_gpus
+
+
+def most_replicas(steps: Sequence[Step], whole: Resources) -> int:
+    """How many can be at work at once on a cluster without other tasks, each with a batch at least."""
+    need = steps[0].need
+    assert need is not None
+    asked = {"CPU": need.num_cpus, "memory": need.memory_bytes}
+    places = [math.floor(whole.get(name, 0) / amount) for name, amount in asked.items() if amount]
+    return min(*places, *(step.num_batches for step in steps if isinstance(step, EvaluateStep)))
 
 
 def in_shares(steps: Sequence[Step], num_shares: int) -> list[Step]:
@@ -80,9 +79,9 @@ class Replicas:
     ended: Counter[str] = field(default_factory=Counter)  # how many of its shares are done
     broken: dict[str, Outcome] = field(default_factory=dict)  # what came of the first share that was not
 
-    def spread(self, groups: Sequence[Sequence[Step]], free: Resources) -> list[Step]:
+    def spread(self, groups: Sequence[Sequence[Step]], free_gpus: float, whole: Resources) -> list[Step]:
         """See `spread`."""
-        steps = spread(groups, free)
+        steps = spread(groups, free_gpus, whole)
         self.shares |= {step.key: step for step in steps if isinstance(step, EvaluateShareStep)}
         self.wholes |= {share.whole.key: share.whole for share in self.shares.values()}
         return steps

@@ -22,7 +22,7 @@ from ray._private.state import state
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from lorc_core.errors import ConfigError, first_line
-from pipeline.running.replicas import Replicas, can_spread, less
+from pipeline.running.replicas import Replicas, can_spread, gpus_of
 from pipeline.steps.outcome import Listener, Milestone, Outcome, Started
 from pipeline.steps.step import Need, Step
 from pipeline.storage.store import Store
@@ -174,18 +174,13 @@ class Work:
         """The same batches, or shares of them where GPUs are free; what joins the shares waits for them."""
         if not any(can_spread(batch.steps) for batch in ready):
             return ready
-        batches = batches_of(self.replicas.spread([batch.steps for batch in ready], self.free_resources()))
+        whole = ray.cluster_resources()
+        # Ray tells of tasks that have their GPUs, and not of those that were submitted a moment ago.
+        unclaimed = whole.get("GPU", 0) - sum(gpus_of(steps) for steps in self.running.values())
+        free_gpus = min(ray.available_resources().get("GPU", 0), unclaimed)
+        batches = batches_of(self.replicas.spread([batch.steps for batch in ready], free_gpus, whole))
         self.waiting += [batch for batch in batches if not self.is_ready(batch)]
         return [batch for batch in batches if self.is_ready(batch)]
-
-    def free_resources(self) -> dict[str, float]:
-        """What no one has, nor will have when all that was submitted here runs."""
-        free: dict[str, float] = ray.cluster_resources()
-        for steps in self.running.values():
-            assert steps[0].need is not None
-            free = less(free, steps[0].need)
-        available = ray.available_resources()
-        return {name: min(amount, available.get(name, 0)) for name, amount in free.items()}
 
     def refuse_impossible(self) -> None:
         """Record the steps that the cluster can never run as failed, before anything runs: a night is long."""

@@ -135,22 +135,22 @@ def names(steps):
 
 
 @pytest.mark.parametrize(
-    ("free", "num_shares"),
+    ("free_gpus", "whole", "num_shares"),
     [
-        ({"GPU": 4, "CPU": 8}, 4),
-        ({"GPU": 2.5, "CPU": 8}, 2),
-        ({"GPU": 8, "CPU": 8}, 4),  # no more than batches
-        ({"GPU": 8, "CPU": 3}, 3),
-        ({"GPU": 1, "CPU": 8}, 1),
-        ({"GPU": 0, "CPU": 8}, 1),
-        ({"CPU": 8}, 1),
-        ({"GPU": 4, "CPU": 8, "accelerator_type:H100": 1}, 4),
-        ({"GPU": 4, "CPU": 8, "accelerator_type:H100": 1, "accelerator_type:L4": 1}, 1),
+        (4, {"CPU": 8}, 4),
+        (2.5, {"CPU": 8}, 2),
+        (8, {"CPU": 8}, 4),  # no more than batches
+        (8, {"CPU": 3}, 3),
+        (1, {"CPU": 8}, 1),
+        (0, {"CPU": 8}, 1),
+        (-3, {"CPU": 8}, 1),
+        (4, {"CPU": 8, "accelerator_type:H100": 1}, 4),
+        (4, {"CPU": 8, "accelerator_type:H100": 1, "accelerator_type:L4": 1}, 1),
     ],
 )
-def test_an_evaluation_has_as_many_replicas_as_gpus_are_free(decomposed, free, num_shares):
+def test_an_evaluation_has_as_many_replicas_as_gpus_are_free(decomposed, free_gpus, whole, num_shares):
     _, evaluations = decomposed
-    steps = spread([evaluations], free)
+    steps = spread([evaluations], free_gpus, whole)
     if num_shares == 1:
         assert steps == evaluations
         return
@@ -165,15 +165,18 @@ def test_an_evaluation_has_as_many_replicas_as_gpus_are_free(decomposed, free, n
 @pytest.mark.parametrize("need", [None, Need(), Need(num_gpus=0.5), Need(num_gpus=2)])
 def test_what_does_not_take_one_gpu_is_not_spread(decomposed, need):
     steps = [replace(step, need=need) for step in decomposed[1]]
-    assert spread([steps], {"GPU": 8, "CPU": 8}) == steps
+    assert spread([steps], 8, {"CPU": 8}) == steps
 
 
 def test_evaluations_of_several_models_have_a_gpu_each_before_any_has_two(decomposed):
     _, evaluations = decomposed
     others = [[replace(step, model=model) for step in evaluations] for model in ("one", "two", "three")]
-    free = {"GPU": 4, "CPU": 8}
-    assert [len(spread(others[:count], free)) // 3 for count in (1, 2, 3)] == [5, 5, 5]  # of shares 4, 3 + 1, 2 + 1 + 1
-    assert spread([*others, evaluations], free) == [step for steps in (*others, evaluations) for step in steps]
+    assert [len(spread(others[:count], 4, {"CPU": 8})) // 3 for count in (1, 2, 3)] == [
+        5,
+        5,
+        5,
+    ]  # of shares 4, 3 + 1, 2 + 1 + 1
+    assert spread([*others, evaluations], 4, {"CPU": 8}) == [step for steps in (*others, evaluations) for step in steps]
 
 
 class Heard(Listener):
@@ -194,7 +197,7 @@ def begun(decomposed, store, listener):
     """A run's work with its first evaluation in two shares: the shares, what joins them, and the work."""
     _, (baseline, *_) = decomposed
     work = Work(store, listener, 0, {}, [])
-    first, second, join = work.replicas.spread([[baseline]], {"GPU": 2, "CPU": 2})
+    first, second, join = work.replicas.spread([[baseline]], 2, {"CPU": 2})
     return baseline, first, second, join, work
 
 
@@ -235,7 +238,7 @@ def test_a_share_that_fails_is_the_failure_of_the_evaluation_and_its_trace_is_fo
 def test_a_share_whose_variant_failed_is_skipped(decomposed, work):
     _, (_, variant, _) = decomposed
     running = Work(work, Listener(), 0, {}, [])
-    steps = running.replicas.spread([[variant]], {"GPU": 2, "CPU": 2})
+    steps = running.replicas.spread([[variant]], 2, {"CPU": 2})
     for needed in variant.input_steps():
         running.outcomes[needed.key] = Outcome.failed(needed, "broken")
     for batch in batches_of(steps):
