@@ -6,8 +6,10 @@ run is measured before.
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -18,10 +20,13 @@ from jobs.bench.timed_run import TimedRun, timed_run
 from jobs.bench.units import measure_units
 from jobs.fitted_table import Column, FittedTable
 from jobs.screen import console
+from pipeline.costs.order import remaining_seconds
+from pipeline.costs.seconds import StepSeconds
 from pipeline.costs.units import UnitCosts
 from pipeline.simulation.cluster import DeclaredCluster, NodeKind
-from pipeline.simulation.forecast import forecast, step_seconds
-from pipeline.simulation.schedule import Schedule
+from pipeline.simulation.forecast import forecast, nodes_of, step_seconds
+from pipeline.simulation.schedule import Pace, Schedule, simulate
+from pipeline.steps.step import Step
 from pipeline.zoo.file import load_zoo
 from pipeline.zoo.sections import GIB
 
@@ -74,6 +79,29 @@ def comparison(schedule: Schedule, run: TimedRun) -> FittedTable:
     return table
 
 
+def rescheduled(schedule: Schedule, cluster: DeclaredCluster, run: TimedRun) -> float:
+    """Seconds of the simulated run if each step took what steps of its kind, model and variant were measured to take.
+
+    What is left of the difference to the measured run is the schedule's, not that of the steps' seconds.
+    """
+    measured: dict[tuple[str, str, str | None], list[float]] = defaultdict(list)
+    for each in run.steps:
+        measured[each.name, each.model, each.variant].append(each.seconds)
+
+    def seconds_on(step: Step, kind: str | None) -> StepSeconds:
+        return StepSeconds(0.0, 0.0, mean(measured[step.name, step.model, step.label]))
+
+    steps = [interval.step for interval in schedule.intervals]
+    units = cluster.units
+    return simulate(
+        steps,
+        nodes_of(cluster),
+        seconds_on,
+        remaining=remaining_seconds(steps, lambda step: seconds_on(step, None).work_s),
+        pace=Pace(units.start_s, units.end_s, units.worker_s, units.task_s),
+    ).wall_s
+
+
 def main() -> None:
     """Print both sides."""
     screen = console()
@@ -85,7 +113,8 @@ def main() -> None:
         zoo = write_generated_zoo(
             place / "zoo", "planned", SHAPES, VARIANTS, calibration=CALIBRATION, evaluation=EVALUATION
         )
-        schedule = forecast(load_zoo(zoo), this_machine(units)).schedule
+        cluster = this_machine(units)
+        schedule = forecast(load_zoo(zoo), cluster).schedule
         with screen.status(f"running for about {schedule.wall_s:.0f} s"):
             run = timed_run(zoo, place / "work", NUM_CPUS)
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
@@ -93,3 +122,8 @@ def main() -> None:
         f"{units.measured_on}; {len(run.steps)} steps on {NUM_CPUS} CPUs; load of the machine at the end {load}"
     )
     screen.print(comparison(schedule, run))
+    with_measured_s = rescheduled(schedule, cluster, run)
+    screen.print(
+        f"the simulated schedule with the measured seconds of the steps takes {with_measured_s:.1f} s, "
+        f"{with_measured_s / run.wall_s:.2f} of the measured run"
+    )

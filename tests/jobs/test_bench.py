@@ -7,10 +7,18 @@ import pytest
 import torch
 
 from jobs.bench import calibrate as bench_calibrate
+from jobs.bench import plan as bench_plan
 from jobs.bench import scores as bench_scores
+from jobs.bench import units as bench_units
 from jobs.bench.capacity import Capacity, largest
 from jobs.bench.models import Subject, bench_model
 from jobs.bench.svd import accuracy_table, relative_error, weight_of_condition
+from jobs.bench.timed_run import StepTime, TimedRun
+from pipeline.costs.units import default_units
+from pipeline.simulation.forecast import forecast
+from pipeline.zoo.file import load_zoo
+from pipeline.zoo.sections import Resources
+from tests.large_zoo import SHAPES, write_large_zoo
 from tests.models import save_tiny_model
 
 
@@ -111,3 +119,51 @@ def test_bench_scores_measures_interpolation_on_a_cpu(lorc, monkeypatch):
     assert code == 0
     settings = [(heads, base) for heads in ("4 / 2", "2 / 2") for base in ("10000", "500000")]
     assert [(" ".join(row[1:4]), row[4]) for row in rows] == settings
+
+
+def timed(name, model, seconds, variant=None, started=0.0):
+    return StepTime(f"{name}-{model}", name, model, variant, started, seconds, seconds, started + seconds)
+
+
+def tiny_steps():
+    """What `lorc bench units` runs, as it would take with 0.2 s a step, 0.01 s a layer, 2 s of imports, 0.5 s of load."""
+    seconds = {model: 0.2 + 0.01 * depth for model, depth in bench_units.DEPTHS.items()}
+    steps = [timed("variant", "first", 2 + seconds["first"])]
+    steps += [timed("variant", model, seconds[model], "x", 10 + place) for place, model in enumerate(seconds)]
+    for place, model in enumerate(seconds):
+        imports = 2 if model == "first" else 0
+        steps.append(timed("evaluate", model, seconds[model] + 0.5 + imports, "baseline", 20 + 2 * place))
+        steps.append(timed("evaluate", model, seconds[model], "x", 21 + 2 * place))
+    return steps
+
+
+def test_bench_units_tells_imports_loads_steps_and_layers_apart():
+    run = TimedRun(tuple(tiny_steps()), 40)
+    load_s = bench_units.model_load_s(run)
+    assert load_s == pytest.approx(0.5)
+    for kind, fixed in bench_units.fixed_costs(run, load_s).items():
+        assert fixed.model_dump() == pytest.approx({"first_s": 2, "step_s": 0.2, "layer_s": 0.01}), kind
+
+
+def test_bench_units_rates_are_operations_over_seconds(monkeypatch):
+    monkeypatch.setattr(bench_units, "best_seconds_of", lambda work, repeats: work() is None or 2.0)
+    rates = bench_units.algebra_rates((8, 16))
+    assert rates["eigh"] == {8: 8**3 / 2, 16: 16**3 / 2}
+    assert rates["product"] == {8: 8**3 * 8 / 2, 16: 16**3 * 8 / 2}
+
+
+def test_bench_plan_compares_each_kind_of_step_and_the_schedule(tmp_path):
+    """A run of which everything took twice as long as simulated."""
+    zoo = load_zoo(write_large_zoo(tmp_path, copies=1, shapes={"1b": SHAPES["1b"]}))
+    entry = zoo.models[0].model_copy(update={"resources": Resources()})
+    cluster = bench_plan.this_machine(default_units())
+    schedule = forecast(zoo.model_copy(update={"models": (entry,)}), cluster).schedule
+    steps = [
+        timed(interval.step.name, interval.step.model, 2 * interval.seconds, interval.step.label)
+        for interval in schedule.intervals
+    ]
+    run = TimedRun(tuple(steps), 2 * schedule.wall_s)
+    rows = {row.name.plain: [cell.plain for cell in row.cells] for row in bench_plan.comparison(schedule, run).rows}
+    assert {name: cells[-1] for name, cells in rows.items()} == dict.fromkeys(rows, "0.50")
+    assert {"decompose", "evaluate", "all steps", "whole run"} <= rows.keys()
+    assert bench_plan.rescheduled(schedule, cluster, run) > schedule.wall_s
