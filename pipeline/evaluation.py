@@ -4,61 +4,41 @@ Windows are scored through the cache: the first half is prefilled, the second ha
 loses is seen where serving would see it.
 """
 
-import logging
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import infer_auto_device_map
-from accelerate.utils import compute_module_sizes, get_balanced_memory, get_max_memory
+from accelerate.utils import get_max_memory
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lorc_core.caches.memory import cache_bytes
 from lorc_core.errors import ArtifactError, NumericsError, first_line
 from lorc_core.model.stored.checkpoint import read_config
 from lorc_core.model.stored.integrity import check_model
+from pipeline.device_map import device_plan
 from pipeline.zoo.sections import ELEMENT_BYTES
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ELEMENT_BYTES}
 
 
-def device_plan(
-    config: PreTrainedConfig, dtype: torch.dtype, max_memory: dict[int | str, int]
-) -> tuple[dict[str, int | str], dict[int | str, int]]:
-    """Which module goes to which device, balanced, from the config alone; no weight is read.
+@contextmanager
+def loaded_model(
+    model_dir: Path, dtype: str, *, batch_size: int, window_tokens: int, trust_remote_code: bool = False
+) -> Iterator[PreTrainedModel]:
+    """A model in evaluation mode, spread over the devices this process may use, with room for what it will run.
 
     Args:
-        config: Of a causal language model.
-        dtype: That the weights will have.
-        max_memory: Bytes per device: GPU numbers, "cpu", "disk".
-
-    Returns:
-        The device of each module, and the bytes of weights on each device.
-    """
-    # Planning for GPUs that are not here is the point; accelerate would warn of each.
-    logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)
-    with torch.device("meta"):  # a third of the time of accelerate's `init_empty_weights`, for 126 layers
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
-    options = {"no_split_module_classes": model._no_split_modules, "dtype": dtype}
-    if set(max_memory) != {"cpu"}:
-        max_memory = get_balanced_memory(model, max_memory, **options)
-    devices = infer_auto_device_map(model, max_memory, **options)
-    sizes = compute_module_sizes(model, dtype=dtype)
-    held: dict[int | str, int] = {}
-    for module, device in devices.items():
-        held[device] = held.get(device, 0) + sizes[module]
-    return devices, held
-
-
-@contextmanager
-def loaded_model(model_dir: Path, dtype: str, *, trust_remote_code: bool = False) -> Iterator[PreTrainedModel]:
-    """A model in evaluation mode, spread by accelerate over the devices this process may use.
+        model_dir: A transformers directory.
+        dtype: Of its weights in memory.
+        batch_size: Windows that it will be given at a time.
+        window_tokens: Tokens of each.
+        trust_remote_code: Whether code that comes with it may run.
 
     Raises:
         ArtifactError: transformers cannot load it, or it does not fit the devices.
@@ -66,22 +46,35 @@ def loaded_model(model_dir: Path, dtype: str, *, trust_remote_code: bool = False
     transformers_logging.disable_progress_bar()
     check_model(model_dir, trust_remote_code=trust_remote_code)
     config = read_config(model_dir, trust_remote_code=trust_remote_code)
-    devices, _ = device_plan(config, DTYPES[dtype], get_max_memory())
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=DTYPES[dtype], device_map=devices, trust_remote_code=trust_remote_code
+        plan = device_plan(config, DTYPES[dtype], get_max_memory(), batch_size=batch_size, window_tokens=window_tokens)
+    except ArtifactError as error:
+        raise ArtifactError(f"{model_dir}: {error}") from error
+    with ExitStack() as opened:
+        # What safetensors have as it is wanted is read from there; only other weights are written to the folder.
+        folder = (
+            opened.enter_context(tempfile.TemporaryDirectory(prefix="lorc-"))
+            if "disk" in plan.devices.values()
+            else None
         )
-    except (OSError, ValueError, RuntimeError) as error:  # all that transformers raises for files it cannot use
-        raise ArtifactError(f"{model_dir}: cannot be loaded: {first_line(error)}") from error
-    try:
-        yield model.eval()
-    finally:
-        del model
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                model_dir,
+                dtype=DTYPES[dtype],
+                device_map=plan.devices,
+                offload_folder=folder,
+                trust_remote_code=trust_remote_code,
+            )
+        except (OSError, ValueError, RuntimeError) as error:  # all that transformers raises for files it cannot use
+            raise ArtifactError(f"{model_dir}: cannot be loaded: {first_line(error)}") from error
+        try:
+            yield model.eval()
+        finally:
+            del model
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
-@torch.inference_mode()
 def window_losses(
     model: PreTrainedModel, windows: Int[np.ndarray, "windows tokens"], batch_size: int
 ) -> tuple[Float[np.ndarray, " windows"], float]:
@@ -91,6 +84,25 @@ def window_losses(
         model: With or without a variant attached.
         windows: Token ids; the first token of each window is not scored.
         batch_size: Windows at a time.
+
+    Raises:
+        NumericsError: A loss is NaN or infinite.
+    """
+    losses, held_bytes = losses_and_bytes(model, windows, batch_size)
+    return losses, held_bytes / windows.size
+
+
+@torch.inference_mode()
+def losses_and_bytes(
+    model: PreTrainedModel, windows: Int[np.ndarray, "windows tokens"], batch_size: int, first_window: int = 0
+) -> tuple[Float[np.ndarray, " windows"], int]:
+    """See `window_losses`; cache bytes of all batches together, which may be added to those of others.
+
+    Args:
+        model: With or without a variant attached.
+        windows: Token ids.
+        batch_size: Windows at a time.
+        first_window: The number, among those of the text, of the first one.
 
     Raises:
         NumericsError: A loss is NaN or infinite.
@@ -106,8 +118,9 @@ def window_losses(
         losses.append(token_losses.mean(dim=1).double().cpu().numpy())
     joined = np.concatenate(losses)
     if not np.isfinite(joined).all():
-        raise NumericsError(f"window {int(np.argmin(np.isfinite(joined)))}: the loss is NaN or infinite")
-    return joined, held_bytes / windows.size
+        window = first_window + int(np.argmin(np.isfinite(joined)))
+        raise NumericsError(f"window {window}: the loss is NaN or infinite")
+    return joined, held_bytes
 
 
 def logits_through_cache(

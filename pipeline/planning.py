@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from lorc_core.caches.memory import bytes_per_token, full_floats_per_token
-from lorc_core.errors import ConfigError, LorcError
+from lorc_core.errors import ArtifactError, ConfigError, LorcError
 from lorc_core.model.architecture import Architecture, architecture_of
-from pipeline.evaluation import DTYPES, device_plan
+from pipeline.device_map import Device, Held, device_plan
+from pipeline.evaluation import DTYPES
 from pipeline.factor_bound import most_factor_floats
 from pipeline.registry.tracking import default_tracking_uri
 from pipeline.steps.failures import logged_failure
@@ -107,14 +108,24 @@ def planned_caches(
 
 
 def planned_devices(zoo: Zoo, entry: ModelEntry, config: PreTrainedConfig) -> str:
-    """How accelerate would spread the evaluated model over the GPUs that the zoo file declares, in GiB."""
+    """How the evaluated model would be spread over the GPUs that the zoo file declares, in GiB."""
     gpus = min(zoo.cluster.gpus, round(entry.resources.num_gpus)) if entry.resources.num_gpus else 0
     if not gpus or zoo.cluster.gpu_memory_gib is None:
         return "on the CPU"
-    capacity = int(zoo.cluster.gpu_memory_gib * GIB)
-    _, held = device_plan(config, DTYPES[entry.dtype], dict.fromkeys(range(gpus), capacity))
-    sizes = ", ".join(f"{device}: {size / GIB:.1f}" for device, size in held.items())
-    return f"weights per GPU in GiB, of {zoo.cluster.gpu_memory_gib:g} each: {sizes}"
+    max_memory: dict[Device, int] = dict.fromkeys(range(gpus), int(zoo.cluster.gpu_memory_gib * GIB))
+    batch_size, window_tokens = zoo.evaluation.batch_size, zoo.evaluation.window_tokens
+    try:
+        plan = device_plan(config, DTYPES[entry.dtype], max_memory, batch_size=batch_size, window_tokens=window_tokens)
+    except ArtifactError as error:
+        return f"does not fit: {error}"
+    each = ", ".join(f"{gpu}: {gib_of(plan.held[gpu])}" for gpu in max_memory)
+    left = sum(held.weight_bytes for device, held in plan.held.items() if device not in max_memory)
+    told = f"weights + cache + activations per GPU in GiB, of {zoo.cluster.gpu_memory_gib:g} each: {each}"
+    return told + (f"; weights of {left / GIB:.1f} do not fit" if left else "")
+
+
+def gib_of(held: Held) -> str:
+    return " + ".join(f"{size / GIB:.1f}" for size in (held.weight_bytes, held.cache_bytes, held.activation_bytes))
 
 
 def planned_steps(zoo: Zoo, entry: ModelEntry, store: Store) -> tuple[str, dict[str, str]]:

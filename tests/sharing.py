@@ -16,6 +16,7 @@ ON_RAY = {
     "tests/pipeline/test_costs.py",
     "tests/pipeline/test_damage.py",
     "tests/pipeline/test_faults.py",
+    "tests/pipeline/test_replicas_on_ray.py",
     "tests/pipeline/test_zoo_run.py",
 }
 

@@ -22,7 +22,7 @@ class NodeKind:
 
 
 class Nodes:
-    """The nodes of the cluster that this process is connected to, asked for again when a second has passed."""
+    """The nodes of the cluster that this process is connected to, none if it is not; asked for anew every second."""
 
     def __init__(self) -> None:
         self.asked_at = -math.inf
@@ -30,7 +30,7 @@ class Nodes:
 
     @property
     def kinds(self) -> list[NodeKind]:
-        if time.monotonic() - self.asked_at > FRESH_S:
+        if ray.is_initialized() and time.monotonic() - self.asked_at > FRESH_S:
             self.known = [NodeKind(node["Resources"]) for node in ray.nodes() if node["Alive"]] + nodes_to_come()
             self.asked_at = time.monotonic()
         return self.known

@@ -19,6 +19,7 @@ from pipeline.costs.order import remaining_seconds
 from pipeline.costs.seconds import seconds_of
 from pipeline.running.connection import check_reachable, connected
 from pipeline.running.nodes import Nodes
+from pipeline.running.replicas import Replicas, can_spread, gpus_of
 from pipeline.running.waiting import Batch, Room, WaitingBatches, batches_of, next_on_ray
 from pipeline.steps.outcome import Listener, Milestone, Outcome, Started
 from pipeline.steps.step import Step
@@ -88,6 +89,7 @@ class Work:
         self.in_flight: set[str] = set()  # models of which steps were given to Ray, and not all have ended
         self.blocked: Outcome | None = None  # of a step in this process, which what may pass was in the way of
         self.nodes = Nodes()
+        self.replicas = Replicas()
 
     def finish(self) -> None:
         """Run each batch when its inputs have outcomes, and record outcomes as they come, until none is left."""
@@ -97,7 +99,7 @@ class Work:
         while self.waiting or self.running:
             room = Room(self.nodes.capacity("CPU"), self.nodes.capacity("GPU"), self.cluster.models_in_flight)
             chosen = next_on_ray(self.waiting, self.running.values(), self.begun, self.in_flight, room)
-            for batch in self.waiting.take(chosen):
+            for batch in self.spread(self.waiting.take(chosen)):
                 self.submit(batch)
             here = [place for place in self.waiting.ready if self.waiting.batches[place].need is None][:1]
             for batch in self.waiting.take(here):
@@ -105,6 +107,23 @@ class Work:
             assert here or self.running or not self.waiting, "a step needs one that is neither done nor to be run"
             if self.running:
                 self.receive(0 if here else LOOK_S)
+
+    def spread(self, batches: list[Batch]) -> list[Batch]:
+        """The same batches, or shares of them where GPUs are free; what joins the shares waits for them."""
+        ready = (self.waiting.batches[place].need for place in self.waiting.ready)
+        if not any(can_spread(batch.steps) for batch in batches) or any(need and need.num_gpus for need in ready):
+            return batches
+        whole = ray.cluster_resources()
+        # Ray tells of tasks that have their GPUs, and not of those that were submitted a moment ago.
+        unclaimed = whole.get("GPU", 0) - sum(gpus_of(batch.steps) for batch in self.running.values())
+        free_gpus = min(ray.available_resources().get("GPU", 0), unclaimed)
+        parts = batches_of(self.replicas.spread([batch.steps for batch in batches], free_gpus, whole))
+        self.left += Counter(step.model for batch in parts for step in batch.steps)
+        self.left -= Counter(step.model for batch in batches for step in batch.steps)
+        for batch in parts:
+            if batch.need is None:
+                self.waiting.add_first(batch, self.outcomes)
+        return [batch for batch in parts if batch.need is not None]
 
     def refuse_impossible(self) -> None:
         """Record the steps that the cluster can never run as failed, before anything runs: a night is long."""
@@ -198,17 +217,21 @@ class Work:
 
     def record(self, told: Started | Milestone | Outcome) -> None:
         """Note an outcome, with what it makes ready or breaks; tell what came."""
-        match told:
-            case Started():
-                self.begun.add(told.key)
-                self.listener.start(told)
-            case Milestone():
-                self.listener.advance(told)
-            case Outcome():
-                self.outcomes[told.key] = told
-                self.listener.record(told)
-                self.left[told.model] -= 1
-                if not self.left[told.model]:
-                    self.in_flight.discard(told.model)
-                for place in self.waiting.end(told.key):
-                    self.skip_broken(place)
+        if isinstance(told, Started):
+            self.begun.add(told.key)
+        if isinstance(told, Outcome):
+            self.outcomes[told.key] = told
+        match self.replicas.told(told):
+            case Started() as started:
+                self.listener.start(started)
+            case Milestone() as reached:
+                self.listener.advance(reached)
+            case Outcome() as outcome:
+                self.outcomes[outcome.key] = outcome
+                self.listener.record(outcome)
+        if isinstance(told, Outcome):
+            self.left[told.model] -= 1
+            if not self.left[told.model]:
+                self.in_flight.discard(told.model)
+            for place in self.waiting.end(told.key):
+                self.skip_broken(place)

@@ -47,20 +47,29 @@ class WaitingBatches:
         def longest_first(batch: Batch) -> float:
             return -max(remaining_s.get(step.key, 0.0) for step in batch.steps)
 
-        self.batches = dict(enumerate(sorted(batches, key=longest_first)))  # by their place in the order
+        self.batches: dict[int, Batch] = {}  # by their place in the order
         self.missing: dict[int, set[str]] = {}  # by place, inputs that have no outcome yet
         self.readers: dict[str, list[int]] = {}  # of an input that has none
         self.ready: list[int] = []
         self.ready_of: dict[str, list[int]] = defaultdict(list)  # the same, by model
-        for place, batch in self.batches.items():
-            missing = {needed.key for step in batch.steps for needed in step.input_steps() if needed.key not in known}
-            if missing:
-                self.missing[place] = missing
-            else:
-                self.ready.append(place)
-                self.ready_of[batch.model].append(place)
-            for key in missing:
-                self.readers.setdefault(key, []).append(place)
+        for place, batch in enumerate(sorted(batches, key=longest_first)):
+            self.add(place, batch, known)
+
+    def add(self, place: int, batch: Batch, known: Collection[str]) -> None:
+        """A batch more, where no other is in the order."""
+        self.batches[place] = batch
+        missing = {needed.key for step in batch.steps for needed in step.input_steps() if needed.key not in known}
+        if missing:
+            self.missing[place] = missing
+        else:
+            insort(self.ready, place)
+            insort(self.ready_of[batch.model], place)
+        for key in missing:
+            self.readers.setdefault(key, []).append(place)
+
+    def add_first(self, batch: Batch, known: Collection[str]) -> None:
+        """A batch more, before all others."""
+        self.add(min(self.batches, default=0) - 1, batch, known)
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -27,7 +27,7 @@ class SharedModel:
         self.model: PreTrainedModel | None = None
         self.failure: Exception | None = None
 
-    def loaded(self, step: ModelStep) -> "PreTrainedModel":
+    def loaded(self, step: ModelStep, store: Store) -> "PreTrainedModel":
         """What loading it raised once, it raises for every step."""
         from pipeline.evaluation import loaded_model
 
@@ -36,7 +36,14 @@ class SharedModel:
         if self.model is None:
             try:
                 directory = step.loads.location.directory(weights=True)
-                loading = loaded_model(directory, step.loads.dtype, trust_remote_code=step.loads.trust_remote_code)
+                batch_size, window_tokens = step.batch_shape(store)
+                loading = loaded_model(
+                    directory,
+                    step.loads.dtype,
+                    batch_size=batch_size,
+                    window_tokens=window_tokens,
+                    trust_remote_code=step.loads.trust_remote_code,
+                )
                 self.model = self.opened.enter_context(loading)
             except Exception as error:
                 self.failure = error
@@ -65,12 +72,15 @@ def run_step(step: Step, store: Store, model: SharedModel) -> Iterator[Started |
         return
     meter = Meter()
     try:
+        meter.parts = [store.cost(part) for part in step.parts]
         with store.writing(step, meter) as scratch:
             for done, total in started_step(step, scratch, store, model) or ():
                 yield Milestone(step.key, done, total)
         store.log(step.key).unlink(missing_ok=True)  # of an earlier attempt
         if (resume_dir := step.resume_dir(store)) is not None:
             shutil.rmtree(resume_dir, ignore_errors=True)
+        for part in step.parts:
+            store.remove(part.key)
         outcome = Outcome.done(step, store)
     except Exception as error:  # noqa: BLE001  see `run_group`
         outcome = replace(step_failure(step, error, store), cost=meter.cost())
@@ -82,4 +92,4 @@ def started_step(step: Step, output: Path, store: Store, model: SharedModel) -> 
     if isinstance(step, FileStep):
         return step.run(output, store)
     assert isinstance(step, ModelStep)
-    return step.run(output, store, model.loaded(step))
+    return step.run(output, store, model.loaded(step, store))

@@ -97,7 +97,7 @@ def forecast(zoo: Zoo, cluster: DeclaredCluster) -> Forecast:
         try:
             config = config_for_planning(entry)
             model = planned_model(entry, config)
-            places[entry.name] = placements(cluster, model, config)
+            places[entry.name] = placements(cluster, model, config, zoo.evaluation)
             planned.append(model_steps(zoo, model, tracking_uri=""))
         except LorcError as error:
             refused[entry.name] = str(error)

@@ -18,7 +18,7 @@ def step_failure(step: Step, error: Exception, store: Store) -> Outcome:
     if isinstance(error, DamagedArtifactError) and error.directory.parent == store.steps:
         damaged = error.directory.name
         store.forget(damaged)
-    return Outcome.failed(step, logged_failure(error, step.key, store), damaged, passing_obstacle(error))
+    return Outcome.failed(step, logged_failure(error, step.log_key, store), damaged, passing_obstacle(error))
 
 
 def model_failure(name: str, model: str, error: Exception, store: Store) -> Outcome:

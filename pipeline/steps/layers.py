@@ -14,7 +14,7 @@ from lorc_core.model.stored.checkpoint import Checkpoint
 from lorc_core.model.stored.locations import ModelLocation
 from lorc_core.model.stored.weights import ReadOnce, layer_digest
 from pipeline.steps.step import FileStep, Input, ModelStep, Pin, Place, Progress, Recipe
-from pipeline.steps.texts import CalibrateStep, WindowsStep, windows_of
+from pipeline.steps.texts import CalibrateStep, WindowsStep, longest, windows_of
 from pipeline.storage.artifacts import (
     load_bases,
     load_layer,
@@ -85,6 +85,9 @@ class TrainStep(ModelStep):
     training: Recipe[Training]
     windows: Input[tuple[WindowsStep, ...]]
     layers: Input[tuple[DecomposeStep, ...]]
+
+    def batch_shape(self, store: Store) -> tuple[int, int]:
+        return self.training.batch_size, longest(self.windows)
 
     def run(self, output: Path, store: Store, model: "PreTrainedModel") -> Progress:
         from lorc_core.measurement.training.trainer import Trainer

@@ -16,7 +16,7 @@ from lorc_core.ranks.schedules import Sensitivity
 from lorc_core.ranks.spectra import Probe, RankSchedule
 from pipeline.steps.layers import LayerStep
 from pipeline.steps.step import FileStep, Input, ModelStep, Place, Recipe
-from pipeline.steps.texts import WindowsStep, windows_of
+from pipeline.steps.texts import WindowsStep, longest, windows_of
 from pipeline.storage.artifacts import (
     SPECTRA_FILE,
     load_layer,
@@ -44,6 +44,9 @@ class ProbeStep(ModelStep):
     num_windows: Recipe[int]
     windows: Input[tuple[WindowsStep, ...]]
     layers: Input[tuple[LayerStep, ...]] = ()
+
+    def batch_shape(self, store: Store) -> tuple[int, int]:
+        return self.batch_size, longest(self.windows)
 
     def run(self, output: Path, store: Store, model: "PreTrainedModel") -> None:
         from lorc_core.measurement.probes import probe
@@ -106,6 +109,9 @@ class SearchStep(ModelStep):
     windows: Input[tuple[WindowsStep, ...]]
     layers: Input[tuple[LayerStep, ...]]
     ranks: Input[ScheduleStep]
+
+    def batch_shape(self, store: Store) -> tuple[int, int]:
+        return self.batch_size, longest(self.windows)
 
     def run(self, output: Path, store: Store, model: "PreTrainedModel") -> None:
         from lorc_core.measurement.exchange import exchanged_ranks

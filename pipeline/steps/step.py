@@ -131,6 +131,16 @@ class Step(ABC):
             if read:
                 yield from read if isinstance(read, tuple) else (read,)
 
+    @property
+    def log_key(self) -> str:
+        """By which the trace of a failure is found."""
+        return self.key
+
+    @property
+    def parts(self) -> tuple["Step", ...]:
+        """Steps that did its work beside each other: their costs are its own, their artifacts go when it is done."""
+        return ()
+
     def resume_dir(self, store: Store) -> Path | None:
         """What an interrupted step goes on from, removed once its artifact is there; None of one that begins again."""
         return None
@@ -154,6 +164,10 @@ class ModelStep(Step):
     @property
     def pins(self) -> dict[str, Any]:
         return self.loads.pins | super().pins
+
+    @abstractmethod
+    def batch_shape(self, store: Store) -> tuple[int, int]:
+        """Windows, and tokens of each, of the largest batch that it gives to the model."""
 
     @abstractmethod
     def run(self, output: Path, store: Store, model: "PreTrainedModel") -> Progress | None:

@@ -73,6 +73,11 @@ def windows_of(
     return windows
 
 
+def longest(steps: Sequence[WindowsStep]) -> int:
+    """Tokens of the longest windows."""
+    return max(step.window_tokens for step in steps)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CalibrateStep(ModelStep):
     """Second moments of every layer on one shard of the calibration windows."""
@@ -85,6 +90,9 @@ class CalibrateStep(ModelStep):
     num_shards: Recipe[int]
     join_rotated_heads: Recipe[bool]
     windows: Input[tuple[WindowsStep, ...]]
+
+    def batch_shape(self, store: Store) -> tuple[int, int]:
+        return self.batch_size, longest(self.windows)
 
     def run(self, output: Path, store: Store, model: "PreTrainedModel") -> None:
         from lorc_core.measurement.calibration import calibrate

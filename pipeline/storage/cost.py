@@ -3,6 +3,7 @@
 import re
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,16 +38,22 @@ class Meter:
 
     Attributes:
         attempts: How often what it measures was begun; 0 until that is known.
+        parts: What parts of it cost that were done elsewhere, beside each other.
     """
 
     def __init__(self) -> None:
         self.attempts = 0
+        self.parts: Sequence[Cost] = ()
         self.peak_is_known = forget_peak()
         self.read_before = read_so_far()
         self.cpu_before, self.wall_before = time.process_time(), time.perf_counter()
 
     def cost(self) -> Cost:
-        """Up to now."""
+        """Up to now, with that of the parts."""
+        own = self.own_cost()
+        return with_parts(own, self.parts) if self.parts else own
+
+    def own_cost(self) -> Cost:
         read = read_so_far()
         return Cost(
             wall_s=time.perf_counter() - self.wall_before,
@@ -56,6 +63,19 @@ class Meter:
             host=socket.gethostname(),
             attempts=self.attempts,
         )
+
+
+def with_parts(own: Cost, parts: Sequence[Cost]) -> Cost:
+    """Of something whose parts were done beside each other: the longest counts, and the largest; the work of all."""
+    peaks, reads = [part.peak_bytes for part in parts], [part.read_bytes for part in (own, *parts)]
+    return Cost(
+        wall_s=own.wall_s + max(part.wall_s for part in parts),
+        cpu_s=own.cpu_s + sum(part.cpu_s for part in parts),
+        peak_bytes=None if None in peaks else max(peak for peak in peaks if peak is not None),
+        read_bytes=None if None in reads else sum(read for read in reads if read is not None),
+        host=", ".join(dict.fromkeys(part.host for part in parts)),
+        attempts=max(part.attempts for part in parts),
+    )
 
 
 def forget_peak() -> bool:

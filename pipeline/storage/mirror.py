@@ -138,6 +138,15 @@ class MirroredStore(Store):
         self.costs.pop(key, None)
         return aside
 
+    def remove(self, key: str) -> None:
+        """See `Store.remove`; the object store's is removed too."""
+        with suppress(FileNotFoundError):
+            self.system.rm_file(self.note(key))
+        with suppress(FileNotFoundError):
+            self.system.rm(self.at("steps", key), recursive=True)
+        self.costs.pop(key, None)
+        super().remove(key)
+
     def forget(self, key: str) -> None:
         shutil.rmtree(self.steps / key, ignore_errors=True)
 

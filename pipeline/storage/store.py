@@ -6,7 +6,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -135,6 +135,13 @@ class Store:
         aside.parent.mkdir(exist_ok=True)
         (self.steps / key).rename(aside)
         return aside
+
+    def remove(self, key: str) -> None:
+        """Remove an artifact that nothing reads any more."""
+        doomed = self.steps / f".{key}-{uuid4().hex}"
+        with suppress(FileNotFoundError):  # an earlier attempt had removed it
+            (self.steps / key).rename(doomed)  # at once, so that no half of it is ever taken for the whole
+            shutil.rmtree(doomed, ignore_errors=True)
 
     def finish(self, path: Path) -> None:
         """Let everyone see a new artifact; no need where all read the same directory."""

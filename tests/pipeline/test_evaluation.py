@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 import lorc_core
 from lorc_core.errors import ArtifactError, ConfigError, NumericsError
 from lorc_core.model.stored.checkpoint import read_config
-from pipeline.evaluation import device_plan, loaded_model, window_losses
+from pipeline.device_map import device_plan
+from pipeline.evaluation import loaded_model, window_losses
 from pipeline.zoo.texts import Text, load_rows, pin_windows, text_tokens, token_stream, tokenizer_identity
 from tests.models import tiny_model
 from tests.paths import REPOSITORY
@@ -144,15 +145,17 @@ def test_a_loss_that_is_not_finite_is_refused():
 
 def test_a_70b_model_is_spread_evenly_from_its_config_alone():
     config = read_config(REPOSITORY / "examples" / "configs" / "llama-3.1-70b.json")
-    devices, held = device_plan(config, torch.bfloat16, dict.fromkeys(range(4), 80 * GIB))
-    assert set(devices.values()) == {0, 1, 2, 3}
-    assert sum(held.values()) == pytest.approx(70.55e9 * 2, rel=0.01)  # parameters at two bytes
-    assert max(held.values()) < 1.1 * min(held.values())
+    plan = device_plan(config, torch.bfloat16, dict.fromkeys(range(4), 80 * GIB), batch_size=8, window_tokens=2048)
+    assert set(plan.devices.values()) == {0, 1, 2, 3}
+    weights = [held.weight_bytes for held in plan.held.values()]
+    assert sum(weights) == pytest.approx(70.55e9 * 2, rel=0.01)  # parameters at two bytes
+    assert max(weights) < 1.1 * min(weights)
 
 
 def test_a_model_that_cannot_be_loaded_is_an_artifact_error(save_tiny):
     directory = save_tiny("llama")
     config = (directory / "config.json").read_text()
     (directory / "config.json").write_text(config.replace('"intermediate_size": 96', '"intermediate_size": 32'))
-    with pytest.raises(ArtifactError, match=r"down_proj.weight is \(64, 96\)"), loaded_model(directory, "float32"):
+    loading = loaded_model(directory, "float32", batch_size=2, window_tokens=20)
+    with pytest.raises(ArtifactError, match=r"down_proj.weight is \(64, 96\)"), loading:
         pass

@@ -71,7 +71,7 @@ def test_a_405b_model_takes_a_node_and_its_memory(tmp_path):
     assert len(held) == 8
     assert max(held) <= 80 * GIB
     weights = 405_853_388_800 * 2
-    assert sum(held) + model.placement.offloaded_bytes == pytest.approx(weights, rel=1e-3)
+    assert weights < sum(held) + model.placement.offloaded_bytes < 1.3 * weights  # with cache and activations
     assert model.placement.offloaded_bytes > 100 * GIB
 
 

@@ -58,6 +58,19 @@ def objects(prefix="work"):
     return [entry["Key"] for entry in listed.get("Contents", [])]
 
 
+def test_what_is_removed_is_gone_on_every_machine_and_may_be_made_again(work, elsewhere):
+    store = open_store(work)
+    write(store, a="once")
+    write(store, Made("made-2"), a="stays")
+    other = elsewhere()
+    store.remove("made-1")
+    store.remove("made-1")
+    assert [name for name in objects() if "made-1" in name] == []
+    assert (store.is_done(Made()), other.is_done(Made()), other.is_done(Made("made-2"))) == (False, False, True)
+    write(other, a="again")
+    assert (store.path(Made()) / "a").read_text() == "again"
+
+
 def test_an_artifact_is_everyones_and_only_what_is_read_of_it_is_fetched(work, elsewhere):
     store = open_store(work)
     assert not store.is_done(Made())
