@@ -196,6 +196,16 @@ def bench_svd() -> None:
     bench_svd_main()
 
 
+@bench.command("scale")
+def bench_scale(
+    repeats: Annotated[int, typer.Option(help="Of the stage that two workers share with one.", min=1)] = 5,
+) -> None:
+    """What is read of a model of 70B, what a step costs beside its work, what a second worker is worth."""
+    from jobs.bench.scale import main as bench_scale_main
+
+    bench_scale_main(repeats)
+
+
 @bench.command("decode")
 def bench_decode(
     model: BenchModel = None,

@@ -1,10 +1,13 @@
 """Run a zoo: resolve its models, run their steps, choose candidates, join the tables."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pipeline.candidates import choose_candidates
 from pipeline.registry.tracking import default_tracking_uri
@@ -18,9 +21,11 @@ from pipeline.storage.holding import held_store
 from pipeline.storage.store import Store
 from pipeline.storage.tables import TableName, collect, replace_table, rows_table
 from pipeline.waiting import Patience
-from pipeline.zoo.models import resolve
+from pipeline.zoo.models import check_whole, find
 from pipeline.zoo.schema import Zoo
 
+T = TypeVar("T")
+MODELS_READ_AT_A_TIME = 8
 Until = Literal["compress", "evaluate", "register"]
 Part = tuple[dict[str, str], Step]  # of a table: the labels of its rows, and the step that writes them
 
@@ -45,20 +50,38 @@ def plan_steps(
     """Every model's steps; a model that cannot be read, or cannot have a variant, is an outcome with its error."""
     tracking_uri = default_tracking_uri(zoo, store.name)
     planned, failed = [], []
-    for entry in zoo.models:
-        listener.phase(f"reading {entry.name}")
-        try:
-            resolved = patience.until_possible(partial(resolve, entry, store))
-            model = model_steps(zoo, resolved, tracking_uri)
-        except Exception as error:  # noqa: BLE001  one model must not cost the others their night
-            failed.append(model_failure("resolve", entry.name, error, store))
-            continue
-        planned.append(model)
-        for label, reason in model.refused:
-            failed.append(Outcome(f"variant-{entry.name}-{label}", "variant", entry.name, label, "failed", reason))
+    with reading_threads() as threads:
+        found = [threads.submit(find, entry, store) for entry in zoo.models]
+        for entry, first in zip(zoo.models, found, strict=True):
+            listener.phase(f"reading {entry.name}")
+            try:
+                read = patience.until_possible(first_then(first.result, partial(find, entry, store)))
+                model = model_steps(zoo, patience.until_possible(partial(check_whole, read, store)), tracking_uri)
+            except Exception as error:  # noqa: BLE001  one model must not cost the others their night
+                failed.append(model_failure("resolve", entry.name, error, store))
+                continue
+            planned.append(model)
+            for label, reason in model.refused:
+                failed.append(Outcome(f"variant-{entry.name}-{label}", "variant", entry.name, label, "failed", reason))
     for outcome in failed:
         listener.record(outcome)
     return planned, failed
+
+
+def first_then(first: Callable[[], T], again: Callable[[], T]) -> Callable[[], T]:
+    """Calls the one once, and the other from then on."""
+    attempts = chain([first], repeat(again))
+    return lambda: next(attempts)()
+
+
+@contextmanager
+def reading_threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads that read models, which need the network more than a processor; none begins another after an error."""
+    threads = ThreadPoolExecutor(MODELS_READ_AT_A_TIME)
+    try:
+        yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def wanted_steps(models: Sequence[ModelSteps], until: Until) -> list[Step]:

@@ -64,7 +64,10 @@ def decompose(
     state_energies = read_energies if reader == "none" else eigvalsh(states).flip(-1).clamp(min=0)
     exact = weight.double()
     singular_values = singular_values_of(exact)
-    weight_energies = eigvalsh(diagonal_blocks(gram(exact), partition)).flip(-1).clamp(min=0)
+    if partition.width == len(exact) and not partition.is_complex:  # one block, whose energies these are
+        weight_energies = _padded_energies(singular_values, partition.width)[None]
+    else:
+        weight_energies = eigvalsh(diagonal_blocks(gram(exact), partition)).flip(-1).clamp(min=0)
     return Decomposition(
         partition=partition,
         up=_as_real(up),

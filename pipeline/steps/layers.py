@@ -1,6 +1,7 @@
 """Steps that decompose a model's layers, as a method says, once for all budgets."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,12 +32,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@lru_cache(maxsize=1)
+def layer_source(location: ModelLocation, content: str, layer_idx: int) -> ReadOnce:
+    """What the methods of one layer, which run one after another in one task, read of it once."""
+    return ReadOnce(Checkpoint(location.files()))
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecomposeStep(FileStep):
     """One layer's full-rank nested factors and spectra, from its weights and what calibration measured of it."""
 
     name = "decompose"
-    revision = 7
+    revision = 8
 
     axes: Recipe[KeysValues[Axes]]
     layer_idx: Recipe[int]
@@ -45,10 +52,15 @@ class DecomposeStep(FileStep):
     architecture: Place[Architecture]
     calibrated: Input[tuple[CalibrateStep, ...]] = ()
 
+    @property
+    def group(self) -> str:
+        """A layer is read once for all methods; those that measure nothing do not wait for the others."""
+        return f"decompose {self.model} {self.layer_idx}{' calibrated' if self.calibrated else ''}"
+
     def run(self, output: Path, store: Store) -> None:
         from lorc_core.compression import decompose_kind
 
-        source = ReadOnce(Checkpoint(self.location.files()))
+        source = layer_source(self.location, self.content, self.layer_idx)
         moments = load_moments(store.paths(self.calibrated, moments_file(self.layer_idx)), self.layer_idx)
         layer = KeysValues.of(
             lambda kind: decompose_kind(

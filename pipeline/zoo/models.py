@@ -40,7 +40,7 @@ class ResolvedModel:
 
 
 def resolve(entry: ModelEntry, store: Store, *, fetch_missing: bool = True) -> ResolvedModel:
-    """Find a model, check that it is whole, read its architecture; of one elsewhere no weights are fetched.
+    """Find a model, read its architecture, check that it is whole; of one elsewhere no weights are fetched.
 
     Args:
         entry: From the zoo file.
@@ -48,7 +48,30 @@ def resolve(entry: ModelEntry, store: Store, *, fetch_missing: bool = True) -> R
         fetch_missing: Whether what is not on disk may be fetched.
 
     Raises:
-        LorcError: As `Checkpoint`, `architecture_of` and `check_checkpoint` do.
+        LorcError: As `find` and `check_whole` do.
+    """
+    return check_whole(find(entry, store, fetch_missing=fetch_missing), store)
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model of which nobody has said yet that it is whole."""
+
+    model: ResolvedModel
+    checkpoint: Checkpoint
+    config: PreTrainedConfig
+
+
+def find(entry: ModelEntry, store: Store, *, fetch_missing: bool = True) -> FoundModel:
+    """Read what there is to know of a model before its weights; several may be read at a time, by threads.
+
+    Args:
+        entry: From the zoo file.
+        store: Remembers which models were found whole.
+        fetch_missing: Whether what is not on disk may be fetched.
+
+    Raises:
+        LorcError: As `Checkpoint` and `architecture_of` do.
         ConfigError: There is no such model.
     """
     location = locate(entry.source, entry.revision, fetch_missing=fetch_missing)
@@ -57,14 +80,7 @@ def resolve(entry: ModelEntry, store: Store, *, fetch_missing: bool = True) -> R
     config = read_config(directory, trust_remote_code=entry.trust_remote_code)
     architecture = architecture_of(config)
     outline, content = content_of(checkpoint, architecture, store)
-    note = store.known("whole", f"{outline}-transformers-{transformers_version}")
-    if not note.exists():  # the look imports the model's class, for which a run that finds all done need not wait
-        from lorc_core.model.stored.integrity import check_checkpoint
-
-        check_checkpoint(checkpoint, config, trust_remote_code=entry.trust_remote_code)
-        note.touch()
-        store.publish(note)
-    return ResolvedModel(
+    model = ResolvedModel(
         entry=entry,
         location=location,
         directory=directory,
@@ -73,6 +89,23 @@ def resolve(entry: ModelEntry, store: Store, *, fetch_missing: bool = True) -> R
         architecture=architecture,
         num_parameters=checkpoint.num_parameters,
     )
+    return FoundModel(model, checkpoint, config)
+
+
+def check_whole(found: FoundModel, store: Store) -> ResolvedModel:
+    """Refuse a model that is not whole, unless the store remembers that it was.
+
+    Raises:
+        LorcError: As `check_checkpoint` does.
+    """
+    note = store.known("whole", f"{found.model.outline}-transformers-{transformers_version}")
+    if not note.exists():  # the look imports the model's class, for which a run that finds all done need not wait
+        from lorc_core.model.stored.integrity import check_checkpoint
+
+        check_checkpoint(found.checkpoint, found.config, trust_remote_code=found.model.entry.trust_remote_code)
+        note.touch()
+        store.publish(note)
+    return found.model
 
 
 def content_of(checkpoint: Checkpoint, architecture: Architecture, store: Store) -> tuple[str, str]:

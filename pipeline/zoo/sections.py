@@ -211,11 +211,13 @@ class Registry(Strict):
 class Cluster(Strict):
     """The Ray cluster (`address`; absent: one is started here) and the devices that `lorc plan` plans for.
 
-    A step whose worker is lost is run `lost_worker_retries` times more. What fails for a full disk, a locked database
-    or an MLflow server that is away is done again for `wait_s` seconds, all in all.
+    Steps of `models_in_flight` models run at a time, so that a night that ends early has some models whole. A step
+    whose worker is lost is run `lost_worker_retries` times more. What fails for a full disk, a locked database or an
+    MLflow server that is away is done again for `wait_s` seconds, all in all.
     """
 
     address: str | None = None
+    models_in_flight: Annotated[int, Field(ge=1, le=MOST)] = 16
     lost_worker_retries: Annotated[int, Field(ge=0, le=MOST)] = 2
     wait_s: Annotated[float, Field(ge=0)] = 300
     gpus: Annotated[int, Field(ge=0, le=MOST)] = 0

@@ -9,11 +9,11 @@ from ray.core.generated import autoscaler_pb2
 
 ASK = """
 import ray, sys
-from pipeline.running.runner import what_lacks
+from pipeline.running.nodes import Nodes
 from pipeline.steps.step import Need
 ray.init(address=sys.argv[1], log_to_driver=False)
 for need in (Need(2), Need(3), Need(1, 1), Need(1, 0, 2**34)):
-    print(what_lacks(need))
+    print(Nodes().lack(need))
 """
 
 

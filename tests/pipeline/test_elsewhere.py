@@ -4,14 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import boto3
 import pytest
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from jobs.bench.hub import Hub
 from tests.models import save_tiny_model
-from tests.servers import Hub, object_store
+from tests.servers import object_store
 from tests.zoos import rows, write_zoo
 
 SAMPLES = 4 * 8192  # bytes of a tensor that its identity reads
@@ -82,3 +84,46 @@ def test_decomposing_a_hub_model_asks_for_its_keys_and_values_alone(tmp_path):
         planned = lorc("plan", zoo_file, "--workdir", tmp_path / "other", **caches)
         assert planned.returncode == 0, planned.stdout + planned.stderr
         assert hub.weight_bytes_sent <= needed + 2 * looked_at, "planning read weights"
+
+
+PLAN_STEPS = """
+import sys
+from pathlib import Path
+from pipeline.steps.outcome import Listener
+from pipeline.storage.store import Store
+from pipeline.waiting import Patience
+from pipeline.zoo.file import load_zoo
+from pipeline.zoo_run import plan_steps
+planned, failed = plan_steps(load_zoo(sys.argv[1]), Store(Path(sys.argv[2])), Listener(), Patience(0))
+print(f"{len(planned)} planned, {len(failed)} failed")
+"""
+
+
+class WaitingHub(Hub):
+    """Answers nothing of two models before it was asked for both."""
+
+    def __init__(self, models):
+        super().__init__(models)
+        self.both = threading.Barrier(2, timeout=20)
+        self.asked = set()
+
+    def told(self, request, model, what):
+        with self.counting:
+            is_first = model not in self.asked
+            self.asked.add(model)
+        if is_first:
+            self.both.wait()
+        return super().told(request, model, what)
+
+
+def test_hub_models_are_read_several_at_a_time(tmp_path):
+    zoo_file = write_zoo(tmp_path)
+    names = "small-llama", "tiny-opt"
+    for name in names:
+        zoo_file.write_text(zoo_file.read_text().replace(f"./{name}", f"lab/{name}"))
+    with WaitingHub({f"lab/{name}": tmp_path / name for name in names}) as hub:
+        caches = {"LORC_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url}
+        command = [sys.executable, "-c", PLAN_STEPS, zoo_file, tmp_path / "work"]
+        environment = os.environ | caches | {"HF_HUB_OFFLINE": "0"}
+        planned = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert planned.stdout == "2 planned, 0 failed\n", planned.stdout + planned.stderr

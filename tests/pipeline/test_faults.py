@@ -12,7 +12,7 @@ import pytest
 
 from lorc_core.errors import ConfigError
 from pipeline.registry.versions import connect
-from pipeline.steps import runner
+from pipeline.running import connection
 from pipeline.waiting import passing_obstacle
 from pipeline.zoo.file import load_zoo
 from pipeline.zoo.sections import Cluster, Registry
@@ -134,7 +134,7 @@ def test_a_disk_that_stays_full_is_an_outcome_of_one_line(finished, tmp_path):
 
 
 def test_what_listens_and_is_not_ray_is_told(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "ANSWER_S", 2)  # 10, for who is not in a hurry
+    monkeypatch.setattr(connection, "ANSWER_S", 2)  # 10, for who is not in a hurry
     zoo_file, work, run = finished
     copied = copy_of(work, tmp_path / "work")
     undo(copied, run.models[0].variants[0].evaluate)

@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.running.replicas import Replicas, in_shares, spread
-from pipeline.running.runner import Work, batches_of
+from pipeline.running.runner import Work
+from pipeline.running.waiting import Batch, batches_of
 from pipeline.running.work import run_group
 from pipeline.status.watch import Watch
 from pipeline.steps.graph import model_steps
@@ -18,6 +19,7 @@ from pipeline.steps.step import Need, distinct
 from pipeline.storage.store import Store
 from pipeline.zoo.file import load_zoo
 from pipeline.zoo.models import resolve
+from pipeline.zoo.sections import Cluster
 from tests.models import save_tiny_model
 from tests.paths import DEMO
 
@@ -194,56 +196,55 @@ class Heard(Listener):
 
 
 def begun(decomposed, store, listener):
-    """A run's work with its first evaluation in two shares: the shares, what joins them, and the work."""
-    _, (baseline, *_) = decomposed
-    work = Work(store, listener, 0, {}, [])
-    first, second, join = work.replicas.spread([[baseline]], 2, {"CPU": 2})
-    return baseline, first, second, join, work
+    """A run's work with its only evaluation in two shares: the evaluation, its shares, and the work."""
+    _, (whole, *_) = decomposed
+    done = {step.key: Outcome.done(step, store, "cached") for step in whole.input_steps()}
+    work = Work([whole], done, store, Cluster(), listener)
+    (batch,) = work.waiting.take(list(work.waiting.ready))
+    first, second, join = work.replicas.spread([batch.steps], 2, {"CPU": 2})
+    work.waiting.add(Batch((join,)), work.outcomes)
+    return whole, first, second, work
+
+
+def ran(step, work):
+    """What a worker tells of a step reaches the work."""
+    for told in run_group([step], work.store):
+        work.record(told)
 
 
 def test_what_is_told_of_shares_is_told_of_the_evaluation(decomposed, work):
     told = Heard()
-    whole, first, second, join, running = begun(decomposed, work, told)
-    for step in (first, second, join):
-        for each in run_group([step], work):
-            running.record(each)
+    whole, first, second, running = begun(decomposed, work, told)
+    ran(second, running)
+    assert not running.waiting.ready
+    ran(first, running)
+    (batch,) = running.waiting.take(list(running.waiting.ready))
+    running.run_here(batch.steps)
     assert told.heard == [
         ("start", whole.key),
         ("advance", whole.key, 1, 2),
         ("advance", whole.key, 2, 2),
         ("record", whole.key, "evaluate", "ran", None),
     ]
+    assert not running.waiting
+    assert running.outcomes[whole.key].name == "evaluate"
 
 
 def test_a_share_that_fails_is_the_failure_of_the_evaluation_and_its_trace_is_found(decomposed, work):
     watch = Watch("shared")
-    whole, first, second, join, running = begun(decomposed, work, watch)
+    whole, first, second, running = begun(decomposed, work, watch)
     watch.plan([whole])
-    for each in run_group([first], work):
-        running.record(each)
-    shutil.rmtree(work.steps / whole.windows[0].key)
-    for each in run_group([second], work):
-        running.record(each)
+    ran(first, running)
     assert watch.status().models["tiny"].stages["evaluate"].running == 1
-    (batch,) = batches_of([join])
-    assert running.skip_broken(batch) == []
+    shutil.rmtree(work.steps / whole.windows[0].key)
+    ran(second, running)
+    assert not running.waiting
     (failure,) = watch.status().failures
     assert (failure.key, failure.step, failure.host) == (whole.key, "evaluate", running.outcomes[second.key].cost.host)
     assert work.log(whole.key).read_text().startswith("Traceback")
     assert running.outcomes[whole.key].status == "failed"
     assert work.is_done(first)
     assert not work.is_done(whole)
-
-
-def test_a_share_whose_variant_failed_is_skipped(decomposed, work):
-    _, (_, variant, _) = decomposed
-    running = Work(work, Listener(), 0, {}, [])
-    steps = running.replicas.spread([[variant]], 2, {"CPU": 2})
-    for needed in variant.input_steps():
-        running.outcomes[needed.key] = Outcome.failed(needed, "broken")
-    for batch in batches_of(steps):
-        assert running.skip_broken(batch) == []
-    assert (running.outcomes[variant.key].status, running.outcomes[variant.key].error) == ("skipped", "broken")
 
 
 def test_what_is_no_share_is_told_as_it_is(decomposed):

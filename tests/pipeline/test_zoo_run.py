@@ -19,7 +19,8 @@ import lorc_core
 from lorc_core.errors import ConfigError
 from pipeline.registry.versions import connect
 from pipeline.results import results
-from pipeline.running.runner import connected, what_lacks
+from pipeline.running.connection import connected
+from pipeline.running.nodes import Nodes
 from pipeline.steps.outcome import Listener
 from pipeline.steps.step import Need
 from pipeline.zoo.file import load_zoo
@@ -421,8 +422,8 @@ def test_a_killed_run_loses_no_finished_step(finished, tmp_path):
 
 
 def test_what_lacks_is_empty_for_what_fits():
-    assert what_lacks(Need(num_cpus=2)) is None
-    assert "CPU 3" in what_lacks(Need(num_cpus=3))
+    assert Nodes().lack(Need(num_cpus=2)) is None
+    assert "CPU 3" in Nodes().lack(Need(num_cpus=3))
 
 
 def test_registrations_hold_memory_and_accuracy(finished):

@@ -29,6 +29,7 @@ with suppress(ImportError):  # what S3's own library raises is no OSError: no cr
 
 HUB = "hf://"
 CONNECTIONS = 16  # ranges that are asked for at a time where each is a request
+DIGEST_BYTES = 32  # of a sha256
 # What tells that a file was written again, by the first that a file system has.
 STAMPS = ("ETag", "etag", "oid", "blob_id", "md5Hash", "content_md5", "mtime", "LastModified", "created")
 
@@ -125,17 +126,23 @@ class ModelFiles:
         return parts
 
     def keep_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """`read_ranges` of what will be read again: of a model elsewhere a copy is kept on this machine."""
+        """`read_ranges` of what will be read again: of a model elsewhere a copy is kept on this machine.
+
+        The copy ends with its hash; one that was damaged is fetched again.
+        """
         if self.is_local:
             return self.read_ranges(name, ranges)
         identity = json.dumps([self.url, name, self.stamp(name), list(ranges)])
         copy = cache_directory() / "tensors" / hashlib.sha256(identity.encode()).hexdigest()
-        if not copy.is_file():
+        kept = copy.read_bytes() if copy.is_file() else b""
+        content, digest = kept[:-DIGEST_BYTES], kept[-DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() != digest:
+            content = b"".join(self.read_ranges(name, ranges))
             copy.parent.mkdir(parents=True, exist_ok=True)
             partial = copy.with_suffix(f".{uuid4().hex}")
-            partial.write_bytes(b"".join(self.read_ranges(name, ranges)))
+            partial.write_bytes(content + hashlib.sha256(content).digest())
             partial.rename(copy)
-        return [copy.read_bytes()]
+        return [content]
 
     def _fetched(self, name: str, start: int, stop: int) -> bytes:
         if start == stop:

@@ -192,3 +192,20 @@ def test_a_header_that_does_not_fit_its_file_is_refused(save_tiny, damage, told)
     file.write_bytes(len(written).to_bytes(8, "little") + written + content[8 + header_bytes :])
     with pytest.raises(ArtifactError, match=f"not a whole safetensors file .*{told}"):
         Checkpoint(directory)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda held: held[:-40], lambda held: b"x" + held[1:], lambda held: b""], ids=["cut", "changed", "empty"]
+)
+def test_a_damaged_copy_of_what_is_elsewhere_is_read_again(save_tiny, elsewhere, monkeypatch, tmp_path, damage):
+    monkeypatch.setenv("LORC_CACHE", str(tmp_path / "cache"))
+    copy_to(elsewhere, save_tiny("llama"))
+    whole = Checkpoint(ModelFiles(elsewhere)).read(KEY_WEIGHT)
+    (copy,) = (tmp_path / "cache" / "tensors").iterdir()
+    again = Checkpoint(ModelFiles(elsewhere))
+    before = again.files.bytes_read
+    assert torch.equal(again.read(KEY_WEIGHT), whole)
+    assert again.files.bytes_read == before, "the copy was not used"
+    copy.write_bytes(damage(copy.read_bytes()))
+    assert torch.equal(again.read(KEY_WEIGHT), whole)
+    assert again.files.bytes_read - before == whole.nbytes
