@@ -57,12 +57,16 @@ def options(
 
 
 @app.command()
-def plan(zoo: ZooFile, workdir: Workdir = WORKDIR) -> None:
+def plan(
+    zoo: ZooFile,
+    cluster: Annotated[Path | None, typer.Option(help="Simulate the whole run on the cluster of this file.")] = None,
+    workdir: Workdir = WORKDIR,
+) -> None:
     """Show what would run, what is done, and cache sizes before and after, from the configs alone."""
     checked = load_zoo(zoo)  # before what takes seconds to import
     from jobs.show_plan import show_plan
 
-    raise typer.Exit(show_plan(checked, workdir))
+    raise typer.Exit(show_plan(checked, workdir, cluster))
 
 
 @app.command()
@@ -265,6 +269,24 @@ def bench_calibrate() -> None:
     from jobs.bench.calibrate import main as bench_calibrate_main
 
     bench_calibrate_main()
+
+
+@bench.command("units")
+def bench_units(
+    output: Annotated[Path | None, typer.Option(help="Write them to this file, for `lorc plan --cluster`.")] = None,
+) -> None:
+    """Unit costs of this machine: rates of linear algebra and of models, and what small steps take."""
+    from jobs.bench.units import main as bench_units_main
+
+    bench_units_main(output)
+
+
+@bench.command("plan")
+def bench_plan() -> None:
+    """The simulated time of a local run against the measured one."""
+    from jobs.bench.plan import main as bench_plan_main
+
+    bench_plan_main()
 
 
 def run_until(until: Literal["compress", "evaluate", "register"], zoo: Path, workdir: str) -> NoReturn:

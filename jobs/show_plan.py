@@ -1,18 +1,24 @@
-"""Print what a zoo file would do: `lorc plan ZOO`."""
+"""Print what a zoo file would do: `lorc plan ZOO`; and on which nodes, from when to when: with `--cluster`."""
+
+from pathlib import Path
 
 from rich.markup import escape
 
 from jobs.fitted_table import Column, FittedTable
+from jobs.forecast_table import forecast_table, totals
 from jobs.screen import console, size
 from pipeline.planning import ModelPlan, plan_model
+from pipeline.simulation.cluster import load_cluster
+from pipeline.simulation.forecast import forecast
 from pipeline.storage.mirror import open_store
 from pipeline.zoo.schema import Zoo
 
 
-def show_plan(zoo: Zoo, workdir: str) -> int:
-    """Print the plan. Returns the exit code: 1 if a model cannot be planned, else 0."""
+def show_plan(zoo: Zoo, workdir: str, cluster_file: Path | None = None) -> int:
+    """Print the plan. Returns the exit code: 1 if a model cannot be planned, or not on that cluster, else 0."""
+    cluster = load_cluster(cluster_file) if cluster_file is not None else None
     store = open_store(workdir)
-    plans = [plan_model(zoo, entry, store) for entry in zoo.models]
+    plans = [plan_model(zoo, entry, store, with_devices=cluster is None) for entry in zoo.models]
     screen = console()
     screen.print(cache_table(zoo, plans))
     screen.print()
@@ -20,8 +26,15 @@ def show_plan(zoo: Zoo, workdir: str) -> int:
         if plan.error is not None:
             screen.print(f"[red]{plan.name}[/red]: {escape(plan.error)}")
         else:
-            screen.print(f"{plan.name}: {plan.steps}; {plan.devices}")
-    return 1 if any(plan.error for plan in plans) else 0
+            screen.print("; ".join([f"{plan.name}: {plan.steps}", *([plan.devices] if plan.devices else [])]))
+    failed = any(plan.error for plan in plans)
+    if cluster is not None:
+        screen.print()
+        foreseen = forecast(zoo, cluster)
+        screen.print(forecast_table(foreseen))
+        screen.print(totals(foreseen))
+        failed = failed or bool(foreseen.refused)
+    return 1 if failed else 0
 
 
 def cache_table(zoo: Zoo, plans: list[ModelPlan]) -> FittedTable:

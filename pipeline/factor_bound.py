@@ -63,7 +63,7 @@ def most_cached_floats(schedule: Schedule, stairs: Sequence[Staircase], kept_fra
     by half of all these steps at most; or, below the least that it reaches, by the tolerance.
     """
     full = sum(stair.totals[-1] for stair in stairs)
-    jump = sum(max(step.floats for step in stair.steps) for stair in stairs if not stair.always_full)
+    jump = sum(stair.largest_step for stair in stairs if not stair.always_full)
     least = (kept_fraction + KEPT_FRACTION_TOLERANCE) * full
     if isinstance(schedule, Energy | Fisher):
         least = min(least, sum(stair.totals[0] for stair in stairs))

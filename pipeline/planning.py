@@ -57,8 +57,15 @@ class ModelPlan:
     error: str | None = None
 
 
-def plan_model(zoo: Zoo, entry: ModelEntry, store: Store) -> ModelPlan:
-    """The plan for one model; reads its config, never its weights unless they are on disk to be hashed."""
+def plan_model(zoo: Zoo, entry: ModelEntry, store: Store, *, with_devices: bool = True) -> ModelPlan:
+    """The plan for one model; reads its config, never its weights unless they are on disk to be hashed.
+
+    Args:
+        zoo: A checked zoo file.
+        entry: The model's.
+        store: Where its finished steps are.
+        with_devices: Whether it is spread over the GPUs that the zoo file declares.
+    """
     try:
         config = config_for_planning(entry)
         architecture = architecture_of(config)
@@ -68,7 +75,7 @@ def plan_model(zoo: Zoo, entry: ModelEntry, store: Store) -> ModelPlan:
             name=entry.name,
             caches=tuple(planned for planned in caches if planned.variant not in refused_here),
             refused=tuple((refused | refused_here).items()),
-            devices=planned_devices(zoo, entry, config),
+            devices=planned_devices(zoo, entry, config) if with_devices else "",
             steps=steps,
         )
     except Exception as error:  # noqa: BLE001  one model must not cost the others their plan

@@ -32,7 +32,7 @@ def gram(rows: Num[Tensor, "*batch n i"]) -> Num[Tensor, "*batch n n"]:
     columns = rows if rows.mT.is_contiguous() else rows.contiguous().mT  # as BLAS stores matrices, without a copy
     with blas_threads():
         total = blas.dsyrk(1.0, columns.numpy(), trans=columns is not rows, lower=1)
-    return torch.from_numpy(mirrored(total))
+    return torch.from_numpy(mirrored(total).T)  # BLAS leaves columns: the transpose of a symmetric matrix is contiguous
 
 
 def eigh(moment: Num[Tensor, "*batch n n"]) -> tuple[Float[Tensor, "*batch n"], Num[Tensor, "*batch n n"]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from lorc_core.errors import ConfigError
+from lorc_core.model.blocks import Partition
 from lorc_core.model.kinds import KINDS, Kind
 from lorc_core.ranks.budgets import check_kept_fraction, fit
 from lorc_core.ranks.spectra import (
@@ -77,11 +78,18 @@ class Schedule(ABC):
     def stairs(self, spectra: Sequence[LayerSpectrum], probes: Probes) -> list[Staircase]:
         """The ranks that each layer's keys and values can have, in the order of `layer_kinds`."""
         skipped = self.skipped(spectra)
+        made: dict[tuple[Partition, Energies, bool], Staircase] = {}  # layers that are alike share theirs
+
+        def stair(partition: Partition, gains: Energies, *, always_full: bool) -> Staircase:
+            like = partition, gains, always_full
+            if like not in made:
+                made[like] = Staircase(partition, gains, self.rank_multiple, always_full=always_full)
+            return made[like]
+
         return [
-            Staircase(
+            stair(
                 spectrum[kind].partition,
                 self.gains(spectrum[kind], layer_idx, kind, probes),
-                self.rank_multiple,
                 always_full=layer_idx in skipped,
             )
             for layer_idx, spectrum in enumerate(spectra)

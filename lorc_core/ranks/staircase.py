@@ -84,6 +84,11 @@ class Staircase:
             totals.append(total)
         return totals
 
+    @cached_property
+    def largest_step(self) -> int:
+        """Floats per token of the largest step."""
+        return max(step.floats for step in self.steps)
+
     def nearest(self, floats: int | float) -> int:
         """The number of steps, at least one, whose total is nearest; of two as near the larger."""
         above = min(bisect_left(self.totals, floats), len(self.totals) - 1)

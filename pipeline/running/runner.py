@@ -15,17 +15,18 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from lorc_core.errors import first_line
+from pipeline.costs.order import remaining_seconds
+from pipeline.costs.seconds import seconds_of
 from pipeline.running.connection import check_reachable, connected
 from pipeline.running.nodes import Nodes
 from pipeline.running.replicas import Replicas, can_spread, gpus_of
-from pipeline.running.waiting import Batch, WaitingBatches, batches_of
+from pipeline.running.waiting import Batch, Room, WaitingBatches, batches_of, gathers_gpus, next_on_ray
 from pipeline.steps.outcome import Listener, Milestone, Outcome, Started
 from pipeline.steps.step import Step
 from pipeline.storage.store import Store
 from pipeline.zoo.sections import Cluster
 
 LOOK_S = 30  # after which a run that hears nothing looks whether its steps can still run
-GIVEN_AHEAD = 2  # CPUs that Ray is given work for, over those there are: the next step is there when one ends
 
 
 @ray.remote(num_returns="streaming")
@@ -68,10 +69,6 @@ def run_steps(
 class Work:
     """Steps on their way: which wait, which run on Ray, and what came of those that ended.
 
-    Ray is given little more than its nodes can begin at once, so that what is ready later and has more behind it can
-    go before. Several GPUs are given at once and are one node's; until such a batch has begun, no other is given a
-    GPU, or small ones would keep it waiting for ever.
-
     Args:
         steps: To run.
         done: Outcomes of the steps that need not.
@@ -85,7 +82,7 @@ class Work:
     ) -> None:
         self.store, self.cluster, self.listener = store, cluster, listener
         self.outcomes = dict(done)
-        self.waiting = WaitingBatches(batches_of(steps), done, {})
+        self.waiting = WaitingBatches(batches_of(steps), done, remaining_seconds(steps, seconds_of))
         self.running: dict[Any, Batch] = {}  # by their task's stream of outcomes
         self.begun: set[str] = set()  # keys of steps that a worker has begun
         self.left = Counter(step.model for step in steps)  # of each model, steps that have not ended
@@ -120,34 +117,15 @@ class Work:
                 self.fail(batch.steps, lacks[batch.need])
 
     def next_on_ray(self) -> list[int]:
-        """Places of the ready batches to give to Ray now, in order; never none while none runs."""
-        needs = [batch.need for batch in self.running.values() if batch.need is not None]
-        cpus, gpus = sum(need.num_cpus for need in needs), sum(need.num_gpus for need in needs)
-        gpus_are_free = not any(self.gathers_gpus(batch) for batch in self.running.values())
-        models = set(self.in_flight)
-        found = []
-        on_ray = [place for place in self.waiting.ready if self.waiting.batches[place].need is not None]
-        for place in on_ray:
-            batch = self.waiting.batches[place]
-            assert batch.need is not None
-            if cpus >= GIVEN_AHEAD * self.nodes.capacity("CPU"):
-                break
-            if batch.model not in models and len(models) >= self.cluster.models_in_flight:
-                continue
-            if batch.need.num_gpus:
-                gpus_are_free = gpus_are_free and gpus + batch.need.num_gpus <= self.nodes.capacity("GPU")
-                if not gpus_are_free:
-                    continue
-                gpus_are_free = batch.need.num_gpus <= 1
-            cpus, gpus = cpus + batch.need.num_cpus, gpus + batch.need.num_gpus
-            models.add(batch.model)
-            found.append(place)
-        # Models in flight may all wait for a step that they share with one that is not.
-        return found if found or self.running else on_ray[:1]
+        """Places of the batches to give to Ray now; where all that is ready runs here there may be no Ray to ask."""
+        if all(self.waiting.batches[place].need is None for place in self.waiting.ready):
+            return []
+        room = Room(self.nodes.capacity("CPU"), self.nodes.capacity("GPU"), self.cluster.models_in_flight)
+        return next_on_ray(self.waiting, self.running.values(), self.begun, self.in_flight, room)
 
     def spread(self, batches: list[Batch]) -> list[Batch]:
         """The same batches, or shares of evaluations where GPUs are free; what joins the shares waits for them."""
-        gather = any(self.gathers_gpus(batch) for batch in (*batches, *self.running.values()))
+        gather = any(gathers_gpus(batch, self.begun) for batch in (*batches, *self.running.values()))
         if gather or not any(can_spread(batch.steps) for batch in batches):
             return batches
         whole = ray.cluster_resources()
@@ -158,11 +136,6 @@ class Work:
         for joining in [batch for batch in found if batch.need is None]:
             self.waiting.add(joining, self.outcomes)
         return [batch for batch in found if batch.need is not None]
-
-    def gathers_gpus(self, batch: Batch) -> bool:
-        """Whether it waits for several GPUs of one node."""
-        assert batch.need is not None
-        return batch.need.num_gpus > 1 and not any(step.key in self.begun for step in batch.steps)
 
     def submit(self, batch: Batch) -> None:
         """Give a batch to Ray, or record that no node can run it any more."""

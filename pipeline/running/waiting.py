@@ -1,8 +1,10 @@
 """Steps that wait: which are ready, and in what order they are to run."""
 
 from bisect import insort
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import merge
 
 from pipeline.steps.step import Need, Step
 
@@ -50,6 +52,7 @@ class WaitingBatches:
         self.missing: dict[int, set[str]] = {}  # by place, inputs that have no outcome yet
         self.readers: dict[str, list[int]] = {}  # of an input that has none
         self.ready: list[int] = []
+        self.ready_of: dict[str, list[int]] = defaultdict(list)  # the same, by model
         for batch in sorted(batches, key=longest_first):
             self.add(batch, known)
 
@@ -62,6 +65,7 @@ class WaitingBatches:
             self.missing[place] = missing
         else:
             self.ready.append(place)
+            self.ready_of[batch.model].append(place)
         for key in missing:
             self.readers.setdefault(key, []).append(place)
 
@@ -77,6 +81,7 @@ class WaitingBatches:
                 if not self.missing[place]:
                     del self.missing[place]
                     insort(self.ready, place)
+                    insort(self.ready_of[self.batches[place].model], place)
                     found.append(place)
         return found
 
@@ -89,8 +94,73 @@ class WaitingBatches:
 
     def take(self, places: Sequence[int]) -> list[Batch]:
         """Batches that wait no longer."""
-        gone = set(places)
-        self.ready = [place for place in self.ready if place not in gone]
+        if gone := set(places):
+            self.ready = [place for place in self.ready if place not in gone]
+            for model in {self.batches[place].model for place in gone}:
+                self.ready_of[model] = [place for place in self.ready_of[model] if place not in gone]
         for place in places:
             self.missing.pop(place, None)
         return [self.batches.pop(place) for place in places]
+
+
+GIVEN_AHEAD = 2  # CPUs that Ray is given work for, over those there are: the next step is there when one ends
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is room for: CPUs and GPUs of all nodes together, and models of which steps may be on their way."""
+
+    num_cpus: float
+    num_gpus: float
+    models_in_flight: float
+
+
+def next_on_ray(
+    waiting: WaitingBatches, running: Collection[Batch], begun: Collection[str], in_flight: Collection[str], room: Room
+) -> list[int]:
+    """Places of the ready batches to give to Ray now, in order; never none while none runs.
+
+    Ray is given little more than its nodes can begin at once, so that what is ready later and has more behind it can
+    go before. Several GPUs are given at once and are one node's; until such a batch has begun, no other is given a
+    GPU, or small ones would keep it waiting for ever.
+
+    Args:
+        waiting: Batches that were not given yet.
+        running: Batches that were.
+        begun: Keys of steps that a worker has begun.
+        in_flight: Models of which steps were given, and not all have ended.
+        room: Of the cluster.
+    """
+    needs = [batch.need for batch in running if batch.need is not None]
+    cpus, gpus = sum(need.num_cpus for need in needs), sum(need.num_gpus for need in needs)
+    gpus_are_free = not any(gathers_gpus(batch, begun) for batch in running)
+    models = set(in_flight)
+    found: list[int] = []
+    # Where no other model may begin, thousands of its batches need not be looked at.
+    full = len(models) >= room.models_in_flight
+    for place in merge(*(waiting.ready_of[model] for model in models)) if full else waiting.ready:
+        batch = waiting.batches[place]
+        if cpus >= GIVEN_AHEAD * room.num_cpus:
+            break
+        if batch.need is None:
+            continue
+        if batch.model not in models and len(models) >= room.models_in_flight:
+            continue
+        if batch.need.num_gpus:
+            gpus_are_free = gpus_are_free and gpus + batch.need.num_gpus <= room.num_gpus
+            if not gpus_are_free:
+                continue
+            gpus_are_free = batch.need.num_gpus <= 1
+        cpus, gpus = cpus + batch.need.num_cpus, gpus + batch.need.num_gpus
+        models.add(batch.model)
+        found.append(place)
+    if found or running:
+        return found
+    # Models in flight may all wait for a step that they share with one that is not.
+    return [place for place in waiting.ready if waiting.batches[place].need is not None][:1]
+
+
+def gathers_gpus(batch: Batch, begun: Collection[str]) -> bool:
+    """Whether it waits for several GPUs of one node."""
+    assert batch.need is not None
+    return batch.need.num_gpus > 1 and not any(step.key in begun for step in batch.steps)

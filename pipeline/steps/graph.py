@@ -11,14 +11,14 @@ from lorc_core.ranks.spectra import Probe
 from pipeline.steps.layers import ChangeBasisStep, DecomposeStep, LayerStep, TrainStep
 from pipeline.steps.ranks import ByteBudget, ProbeStep, RanksStep, ScheduleStep, SearchStep
 from pipeline.steps.scores import EvaluateStep, RegisterStep
-from pipeline.steps.step import ModelLoad, Need
+from pipeline.steps.step import ModelLoad, ModelSize, Need
 from pipeline.steps.texts import CalibrateStep, WindowsStep
 from pipeline.steps.variants import ProjectionErrorsStep, VariantStep
 from pipeline.zoo.limits import check_variant, check_window
 from pipeline.zoo.models import ResolvedModel
 from pipeline.zoo.schema import Zoo
 from pipeline.zoo.sections import Calibration, Evaluation, TextEntry
-from pipeline.zoo.texts import Text, text_identity, tokenizer_identity
+from pipeline.zoo.texts import Text, text_identity
 from pipeline.zoo.variants import Budget, VariantEntry, variant_label
 
 # Float64 weight, Gram matrix, eigenvectors and workspace of one layer, over the bytes of its float64 weight and
@@ -120,7 +120,8 @@ def calibrated_steps(zoo: Zoo, model: ResolvedModel) -> Calibrated | None:
 
 
 def loading(model: ResolvedModel) -> ModelLoad:
-    return ModelLoad(model.location, model.entry.dtype, model.entry.trust_remote_code, model.content)
+    size = ModelSize(model.architecture, model.num_parameters)
+    return ModelLoad(model.location, model.entry.dtype, model.entry.trust_remote_code, model.content, size=size)
 
 
 def need_of(model: ResolvedModel) -> Need:
@@ -281,7 +282,7 @@ def windows_steps(
             num_windows=pinning.num_windows,
             seed=pinning.seed,
             text=text_identity(source),
-            tokenizer=tokenizer_identity(model.directory, model.architecture.model_type),
+            tokenizer=model.tokenizer,
             source=source,
             location=model.location,
             trust_remote_code=model.entry.trust_remote_code,

@@ -11,10 +11,11 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
+from lorc_core.model.architecture import Architecture
 from lorc_core.model.stored.locations import ModelLocation
 from pipeline.storage.store import Store
 
@@ -40,17 +41,34 @@ class Need:
     memory_bytes: int = 0
 
 
+@cache
+def library_versions() -> dict[str, str]:
+    """Of those that decide what a model computes."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What running a model costs depends on: its shapes, and the numbers in all of its tensors."""
+
+    architecture: Architecture
+    num_parameters: int
+
+
 @dataclass(frozen=True)
 class ModelLoad:
-    """How to load a model, and what decides the results of all that run it."""
+    """How to load a model, and what decides the results of all that run it.
+
+    Attributes:
+        size: None where no one asks what the steps will take.
+    """
 
     location: ModelLocation
     dtype: str
     trust_remote_code: bool
     content: str | None
-    versions: dict[str, str] = field(
-        default_factory=lambda: {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    )
+    versions: dict[str, str] = field(default_factory=lambda: dict(library_versions()))
+    size: ModelSize | None = None
 
     @property
     def pins(self) -> dict[str, Any]:

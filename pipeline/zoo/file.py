@@ -38,6 +38,28 @@ def load_zoo(path: Path | str) -> Zoo:
         raise ConfigError("\n".join(f"{path}: {line}" for line in dict.fromkeys(problems))) from error
 
 
+def load_checked(path: Path | str, schema: type[Section], what: str) -> Section:
+    """Read and check a file that is not a zoo file, as strictly.
+
+    Args:
+        path: Of a YAML or JSON file; paths within are relative to its folder.
+        schema: What it may say.
+        what: It is, in messages.
+
+    Raises:
+        ConfigError: The file cannot be read (see `read_yaml`), or fields are wrong; one line for each thing that is.
+    """
+    path = Path(path)
+    content = read_yaml(path, what)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be a mapping with the fields {', '.join(schema.model_fields)}")
+    try:
+        return schema.model_validate(content, context={"folder": path.resolve().parent})
+    except ValidationError as error:
+        lines = [line for problem in root_problems(error) for line in described(problem, schema)]
+        raise ConfigError("\n".join(f"{path}: {line}" for line in dict.fromkeys(lines))) from error
+
+
 def readable_parts(content: dict[str, Any], context: dict[str, Any]) -> Parts:
     """What of a zoo file can be used although some of it is wrong, to tell how that fits together."""
 
@@ -79,11 +101,11 @@ def root_problems(error: ValidationError) -> list[Any]:
     return [problem for problem in problems if not follows(problem)]
 
 
-def described(problem: Any) -> Iterator[str]:
+def described(problem: Any, schema: type[BaseModel] = Zoo) -> Iterator[str]:
     """One pydantic error, a line for each thing that it tells: the field, what is allowed, what was given."""
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        allowed = fields_at(problem["loc"][:-1])
+        allowed = fields_at(problem["loc"][:-1], schema)
         meant = get_close_matches(str(problem["loc"][-1]), allowed, n=1)
         guess = f"did you mean {meant[0]}? " if meant else ""
         yield f"{where}: unknown field; {guess}allowed here are {', '.join(allowed)}"
@@ -96,9 +118,9 @@ def described(problem: Any) -> Iterator[str]:
         yield f"{where + ': ' if where else ''}{message[0].lower() + message[1:].removesuffix('.')}{ending}"
 
 
-def fields_at(location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the part of a zoo file that a pydantic error location points into."""
-    model: type[BaseModel] = Zoo
+def fields_at(location: tuple[int | str, ...], schema: type[BaseModel]) -> list[str]:
+    """Field names of the part of a file that a pydantic error location points into."""
+    model = schema
     for part in location:
         if isinstance(part, str) and part in model.model_fields:
             model = nested_model(model.model_fields[part].annotation) or model

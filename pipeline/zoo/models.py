@@ -17,26 +17,38 @@ from lorc_core.model.stored.weights import layer_digest
 from pipeline.storage.artifacts import known_digests
 from pipeline.storage.store import Store
 from pipeline.zoo.sections import ModelEntry
+from pipeline.zoo.texts import tokenizer_identity
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A zoo entry whose files were found and checked.
+    """A zoo entry whose files were found and checked, or whose config alone was read, to plan what it would take.
 
     Attributes:
         location: Where all of its files are.
-        directory: On this machine, with its config and tokenizer.
+        directory: On this machine, with its config and tokenizer; None of a model that is planned by its config alone.
         outline: Of its checkpoint.
         content: Identity of its weights for the steps that read them; see `content_of`.
     """
 
     entry: ModelEntry
     location: ModelLocation
-    directory: Path
+    directory: Path | None
     outline: str
     content: str
     architecture: Architecture
     num_parameters: int
+
+    @property
+    def tokenizer(self) -> str:
+        """Identity of how it cuts a text; of a model without files it is taken to be its own.
+
+        Raises:
+            ArtifactError: The directory has no tokenizer.
+        """
+        if self.directory is None:
+            return self.entry.source
+        return tokenizer_identity(self.directory, self.architecture.model_type)
 
 
 def resolve(entry: ModelEntry, store: Store, *, fetch_missing: bool = True) -> ResolvedModel:

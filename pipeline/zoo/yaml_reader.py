@@ -37,16 +37,16 @@ class UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds.
+def read_yaml(path: Path, what: str = "zoo file") -> Any:
+    """What a YAML file holds, which is a `what`.
 
     Raises:
         ConfigError: It is absent, too large, too deep, not UTF-8, not YAML, or has a key twice.
     """
     if not path.is_file():
-        raise ConfigError(f"zoo file {path} does not exist")
+        raise ConfigError(f"{what} {path} does not exist")
     if (size := path.stat().st_size) > MAX_BYTES:
-        raise ConfigError(f"{path}: {size:,} bytes; a zoo file has at most {MAX_BYTES:,}")
+        raise ConfigError(f"{path}: {size:,} bytes; a {what} has at most {MAX_BYTES:,}")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

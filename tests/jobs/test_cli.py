@@ -280,6 +280,34 @@ def test_plan_prints_the_caches_of_lorcs_table_2_from_configs_alone(lorc, tmp_pa
     assert "weights per GPU in GiB, of 80 each: 0: 32.2, 1: 33.5, 2: 33.5, 3: 32.2" in " ".join(out.split())
 
 
+def test_plan_simulates_a_cluster_within_80_columns(lorc, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    cluster = REPOSITORY / "examples" / "cluster.yaml"
+    arguments = "plan", REPOSITORY / "examples" / "hub.yaml", "--workdir", tmp_path, "--cluster"
+    code, out, _ = lorc(*arguments, cluster)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if " x " in line}
+    assert rows["llama-3.1-70b"][:4] == ["4", "x", "33.5", "gpu"]
+    told = out.split("wall time ")[1]
+    assert "GPU hours" in told
+    assert "longest chain of steps" in told
+    few = tmp_path / "few.yaml"
+    few.write_text(cluster.read_text().replace("num_gpus: 8", "num_gpus: 2").replace("../", f"{REPOSITORY}/"))
+    code, out, _ = lorc(*arguments, few)
+    assert code == 1
+    assert "asks for 16 CPUs, 4 GPUs and 160 GiB; nodes have gpu: 96 CPUs, 2 GPUs" in " ".join(out.split())
+
+
+def test_plan_refuses_a_wrong_cluster_file_in_one_line(lorc, tmp_path):
+    (tmp_path / "cluster.yaml").write_text("nodes: [{name: gpu, num_cpu: 8, memory_gib: 1}]\nunits: none.yaml\n")
+    code, out, err = lorc("plan", write_zoo(tmp_path), "--cluster", tmp_path / "cluster.yaml", "--workdir", tmp_path)
+    assert (code, out) == (2, "")
+    assert "cluster.yaml: nodes.0.num_cpu: unknown field; did you mean num_cpus?" in err
+    assert "none.yaml does not exist" in err
+    assert "Traceback" not in err
+
+
 def test_plan_says_what_is_done(finished, lorc):
     zoo_file, workdir, _ = finished
     code, out, _ = lorc("plan", zoo_file, "--workdir", workdir)

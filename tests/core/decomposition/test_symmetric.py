@@ -18,6 +18,7 @@ def test_gram_is_the_product_however_the_rows_are_stored(width, columns, by_colu
     rows = random_rows(columns, width).mT if by_columns else random_rows(width, columns)
     product = gram(rows)
     torch.testing.assert_close(product, rows @ rows.mT, rtol=0, atol=1e-11)  # worst seen 1e-12
+    assert product.is_contiguous()  # safetensors saves no other
     if width >= WIDE:
         assert torch.equal(product, product.mT)  # one triangle is the other's copy
 

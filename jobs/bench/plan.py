@@ -1,0 +1,95 @@
+"""Benchmark of the plan: `lorc bench plan`.
+
+Measures the unit costs of this machine, predicts the run of a zoo of generated models on it, and then runs that zoo on
+a Ray node of its own: simulated over measured seconds, of the whole and of each kind of step. Nothing of the predicted
+run is measured before.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+
+from jobs.bench.generated_zoo import write_generated_zoo
+from jobs.bench.timed_run import TimedRun, timed_run
+from jobs.bench.units import measure_units
+from jobs.fitted_table import Column, FittedTable
+from jobs.screen import console
+from pipeline.costs.units import UnitCosts
+from pipeline.simulation.cluster import DeclaredCluster, NodeKind
+from pipeline.simulation.forecast import forecast, step_seconds
+from pipeline.simulation.schedule import Schedule
+from pipeline.zoo.file import load_zoo
+from pipeline.zoo.sections import GIB
+
+NUM_CPUS = 2
+WIDE = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "max_position_embeddings": 512,
+}
+SHAPES = {
+    "wide": WIDE,
+    "grouped": WIDE | {"num_hidden_layers": 10, "num_attention_heads": 12, "num_key_value_heads": 6},
+    "deep": WIDE
+    | {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
+}
+VARIANTS: Sequence[dict[str, Any]] = (
+    {"method": "lorc", "schedule": "progressive", "kept_fraction": 0.5},
+    {"method": "lorc_q", "kept_fraction": 0.5},
+    {"method": "kq_joint", "kept_fraction": [0.5, 0.25]},
+)
+CALIBRATION = {"window_tokens": 256, "num_windows": 8, "batch_size": 4}
+EVALUATION = {"window_tokens": 256, "num_windows": 8, "batch_size": 4}
+
+
+def this_machine(units: UnitCosts, num_cpus: int = NUM_CPUS) -> DeclaredCluster:
+    """One node with so many of this machine's CPUs."""
+    memory = psutil.virtual_memory().total / GIB
+    return DeclaredCluster(nodes=(NodeKind(name="here", num_cpus=num_cpus, memory_gib=memory),), units=units)
+
+
+def comparison(schedule: Schedule, run: TimedRun) -> FittedTable:
+    """By kind of step, seconds simulated and measured; CPU seconds say how much of the time others had the CPUs."""
+    simulated = step_seconds(schedule)
+    titles = "simulated, s", "measured, s", "of them CPU, s", "simulated / measured"
+    table = FittedTable("step", [Column(title) for title in titles])
+    rows = [(kind, simulated[kind], [step for step in run.steps if step.name == kind]) for kind in simulated]
+    for kind, seconds, steps in [*rows, ("all steps", sum(simulated.values()), list(run.steps))]:
+        measured, cpu_s = sum(step.seconds for step in steps), sum(step.cpu_s for step in steps)
+        table.add_row(kind, f"{seconds:.1f}", f"{measured:.1f}", f"{cpu_s:.1f}", f"{seconds / measured:.2f}")
+    table.add_row("whole run", f"{schedule.wall_s:.1f}", f"{run.wall_s:.1f}", "", f"{schedule.wall_s / run.wall_s:.2f}")
+    return table
+
+
+def main() -> None:
+    """Print both sides."""
+    screen = console()
+    with TemporaryDirectory() as directory:
+        place = Path(directory)
+        (place / "units").mkdir()
+        with screen.status("measuring unit costs"):
+            units = measure_units(place / "units")
+        zoo = write_generated_zoo(
+            place / "zoo", "planned", SHAPES, VARIANTS, calibration=CALIBRATION, evaluation=EVALUATION
+        )
+        schedule = forecast(load_zoo(zoo), this_machine(units)).schedule
+        with screen.status(f"running for about {schedule.wall_s:.0f} s"):
+            run = timed_run(zoo, place / "work", NUM_CPUS)
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    screen.print(
+        f"{units.measured_on}; {len(run.steps)} steps on {NUM_CPUS} CPUs; load of the machine at the end {load}"
+    )
+    screen.print(comparison(schedule, run))
