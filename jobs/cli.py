@@ -282,11 +282,13 @@ def bench_units(
 
 
 @bench.command("plan")
-def bench_plan() -> None:
+def bench_plan(
+    units: Annotated[Path | None, typer.Option(help="Unit costs of this machine; measured now if absent.")] = None,
+) -> None:
     """The simulated time of a local run against the measured one."""
     from jobs.bench.plan import main as bench_plan_main
 
-    bench_plan_main()
+    bench_plan_main(units)
 
 
 def run_until(until: Literal["compress", "evaluate", "register"], zoo: Path, workdir: str) -> NoReturn:

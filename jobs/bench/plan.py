@@ -1,8 +1,8 @@
 """Benchmark of the plan: `lorc bench plan`.
 
-Measures the unit costs of this machine, predicts the run of a zoo of generated models on it, and then runs that zoo on
-a Ray node of its own: simulated over measured seconds, of the whole and of each kind of step. Nothing of the predicted
-run is measured before.
+Measures the unit costs of this machine, or takes those of a file, predicts the run of a zoo of generated models on it,
+and then runs that zoo on a Ray node of its own: simulated over measured seconds, of the whole and of each kind of step.
+Nothing of the predicted run is measured before.
 """
 
 import os
@@ -22,7 +22,7 @@ from jobs.fitted_table import Column, FittedTable
 from jobs.screen import console
 from pipeline.costs.order import remaining_seconds
 from pipeline.costs.seconds import StepSeconds
-from pipeline.costs.units import UnitCosts
+from pipeline.costs.units import UnitCosts, read_units
 from pipeline.simulation.cluster import DeclaredCluster, NodeKind
 from pipeline.simulation.forecast import forecast, nodes_of, step_seconds
 from pipeline.simulation.schedule import Pace, Schedule, simulate
@@ -91,7 +91,7 @@ def rescheduled(schedule: Schedule, cluster: DeclaredCluster, run: TimedRun) -> 
     def seconds_on(step: Step, kind: str | None) -> StepSeconds:
         return StepSeconds(0.0, 0.0, mean(measured[step.name, step.model, step.label]))
 
-    steps = [interval.step for interval in schedule.intervals]
+    steps = [interval.step for interval in schedule.intervals]  # the same as were run: models lie in directories
     units = cluster.units
     return simulate(
         steps,
@@ -102,14 +102,14 @@ def rescheduled(schedule: Schedule, cluster: DeclaredCluster, run: TimedRun) -> 
     ).wall_s
 
 
-def main() -> None:
+def main(units_file: Path | None) -> None:
     """Print both sides."""
     screen = console()
     with TemporaryDirectory() as directory:
         place = Path(directory)
         (place / "units").mkdir()
         with screen.status("measuring unit costs"):
-            units = measure_units(place / "units")
+            units = read_units(units_file) if units_file else measure_units(place / "units")
         zoo = write_generated_zoo(
             place / "zoo", "planned", SHAPES, VARIANTS, calibration=CALIBRATION, evaluation=EVALUATION
         )

@@ -1,7 +1,8 @@
 """Unit costs of this machine, for `lorc plan --cluster`: `lorc bench units`.
 
 Rates of float64 linear algebra, of running models and of reading and writing, with one thread; and what steps take
-however small their model is, from the run of a zoo of tiny models.
+however small their model is, from the run of a zoo of tiny models. What one thread computes is measured in CPU seconds,
+which other load on the machine moves least.
 """
 
 import itertools
@@ -23,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from jobs.bench.generated_zoo import write_generated_zoo
 from jobs.bench.timed_run import StepTime, TimedRun, timed_run
-from jobs.bench.timing import best_seconds_of, device_line, seconds_of
+from jobs.bench.timing import best_cpu_seconds_of, best_seconds_of, device_line, seconds_of
 from jobs.fitted_table import Column, FittedTable
 from jobs.screen import console
 from lorc_core.decomposition import symmetric
@@ -79,7 +80,7 @@ def algebra_rate(algebra: Algebra, width: int) -> float:
         "qr": (operations.reduced(width, INNER * width), lambda: torch.linalg.qr(rows.T, mode="r")),
     }
     operation, work = timed[algebra]
-    return operation.flops / best_seconds_of(work, 1 if width >= LARGE else 5)
+    return operation.flops / best_cpu_seconds_of(work, 1 if width >= LARGE else 5)
 
 
 def forward_rate(hidden_size: int, dtype: Dtype, device: str) -> float:
@@ -95,7 +96,8 @@ def forward_rate(hidden_size: int, dtype: Dtype, device: str) -> float:
         model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype)).eval()
     windows = np.random.default_rng(0).integers(0, config.vocab_size, (WINDOWS, WINDOW_TOKENS))
     size = ModelSize(architecture_of(config), sum(parameter.numel() for parameter in model.parameters()))
-    best_s = best_seconds_of(lambda: window_losses(model, windows, batch_size=4), 3)
+    best = best_seconds_of if device == "cuda" else best_cpu_seconds_of
+    best_s = best(lambda: window_losses(model, windows, batch_size=4), 3)
     return forward_flops(size, windows.size, WINDOW_TOKENS) / best_s
 
 
@@ -122,17 +124,24 @@ def leave_cache(path: Path) -> bool:
 
 
 def worker_seconds() -> float:
-    """Of a new process with what a worker imports."""
-    return best_seconds_of(lambda: subprocess.run([sys.executable, "-c", WORKER_IMPORTS], check=True), 3)
+    """CPU seconds of a new process with what a worker imports, the least of three."""
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        subprocess.run([sys.executable, "-c", WORKER_IMPORTS], check=True)
+        after = os.times()
+        used = after.children_user - before.children_user + after.children_system - before.children_system
+        seconds.append(used)
+    return min(seconds)
 
 
-def tiny_run(directory: Path) -> TimedRun:
-    """A zoo of tiny models on one worker: what is left is what no model is too small for."""
+def tiny_runs(directory: Path) -> list[TimedRun]:
+    """Two runs of a zoo of tiny models on one worker: what is left is what no model is too small for."""
     shapes = {name: TINY | {"num_hidden_layers": depth} for name, depth in DEPTHS.items()}
     zoo = write_generated_zoo(
         directory / "zoo", "tiny", shapes, TINY_VARIANTS, calibration=TINY_TEXT, evaluation=TINY_TEXT
     )
-    return timed_run(zoo, directory / "work", num_cpus=1)
+    return [timed_run(zoo, directory / f"work-{number}", num_cpus=1) for number in range(2)]
 
 
 def model_load_s(run: TimedRun) -> float:
@@ -142,9 +151,9 @@ def model_load_s(run: TimedRun) -> float:
 
 
 def times_of(run: TimedRun, kind: str, model: str, *, baseline: bool = False) -> list[float]:
-    """Seconds of one kind of step of one model."""
+    """CPU seconds of one kind of step of one model."""
     same = (step for step in run.steps if (step.name, step.model) == (kind, model))
-    return [step.seconds for step in same if (step.variant == "baseline") == baseline]
+    return [step.cpu_s for step in same if (step.variant == "baseline") == baseline]
 
 
 def fixed_costs(run: TimedRun, load_s: float) -> dict[str, Fixed]:
@@ -159,7 +168,7 @@ def fixed_costs(run: TimedRun, load_s: float) -> dict[str, Fixed]:
         step_s = max(shallow - layer_s * DEPTHS["shallow"] - shared, 0.0)
         first = min((step for step in run.steps if step.name == kind), key=lambda step: step.started)
         opened = load_s if kind == "evaluate" else shared
-        first_s = max(first.seconds - step_s - layer_s * DEPTHS["first"] - opened, 0.0)
+        first_s = max(first.cpu_s - step_s - layer_s * DEPTHS["first"] - opened, 0.0)
         fixed[kind] = Fixed(first_s=first_s, step_s=step_s, layer_s=layer_s)
     return fixed
 
@@ -183,7 +192,8 @@ def measure_units(directory: Path) -> UnitCosts:
         directory: For files that are of no use afterwards.
     """
     threads = torch.get_num_threads()
-    run, worker_s = tiny_run(directory), worker_seconds()
+    runs, worker_s = tiny_runs(directory), worker_seconds()
+    run = min(runs, key=lambda run: run.wall_s)
     load_s = model_load_s(run)
     torch.set_num_threads(1)
     try:
@@ -202,8 +212,8 @@ def measure_units(directory: Path) -> UnitCosts:
             gpu_flops_per_s=gpu,
             read_bytes_per_s=read_rate,
             artifact_bytes_per_s=artifact_rate,
-            start_s=max(min(step.started for step in run.steps) - worker_s, 0.0),
-            end_s=run.wall_s - max(step.told for step in run.steps),
+            start_s=max(min(step.started for run in runs for step in run.steps) - worker_s, 0.0),
+            end_s=min(run.wall_s - max(step.told for step in run.steps) for run in runs),
             worker_s=worker_s,
             task_s=task_seconds(run),
             load_s=load_s,

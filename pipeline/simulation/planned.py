@@ -2,6 +2,7 @@
 
 import json
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -13,7 +14,7 @@ from pipeline.zoo.sections import ModelEntry
 
 
 def planned_model(entry: ModelEntry, config: PreTrainedConfig) -> ResolvedModel:
-    """As `resolve` gives it, but that its name stands for the content that no one has seen.
+    """As `resolve` gives it, but that its name stands for its content; of a directory the tokenizer is read.
 
     Args:
         entry: Of the zoo file.
@@ -25,7 +26,7 @@ def planned_model(entry: ModelEntry, config: PreTrainedConfig) -> ResolvedModel:
     return ResolvedModel(
         entry=entry,
         location=ModelLocation(entry.source, entry.revision),
-        directory=None,
+        directory=Path(entry.source) if entry.is_directory and Path(entry.source).is_dir() else None,
         outline=entry.name,
         content=entry.name,
         architecture=architecture_of(config),

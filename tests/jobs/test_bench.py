@@ -146,7 +146,7 @@ def test_bench_units_tells_imports_loads_steps_and_layers_apart():
 
 
 def test_bench_units_rates_are_operations_over_seconds(monkeypatch):
-    monkeypatch.setattr(bench_units, "best_seconds_of", lambda work, repeats: work() is None or 2.0)
+    monkeypatch.setattr(bench_units, "best_cpu_seconds_of", lambda work, repeats: work() is None or 2.0)
     rates = bench_units.algebra_rates((8, 16))
     assert rates["eigh"] == {8: 8**3 / 2, 16: 16**3 / 2}
     assert rates["product"] == {8: 8**3 * 8 / 2, 16: 16**3 * 8 / 2}
