@@ -1,8 +1,8 @@
 """Gradients of the loss against autograd on the untouched model, their labels, and the rise that they predict.
 
 The reference catches the outputs of the projections by plain forward hooks, sums the model's own loss over whole
-logits, and asks `torch.autograd.grad`. In float64; worst relative difference of 12 seeds 2.0e-7 with a rotation, whose
-angles transformers has in float32, else 4e-14.
+logits, and asks `torch.autograd.grad`. In float64; worst difference of 12 seeds, relative to the largest: none before
+the rotation, 7.1e-8 after it, since the reference has its angles in float64, 7.7e-16 between one batch and several.
 """
 
 import json
@@ -10,6 +10,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lorc_core
@@ -31,6 +32,7 @@ from tests.paths import DEMO
 from tests.runs import tokens
 
 FISHER = METHODS["fisher"]
+ROTATED_BOUND = 3e-7
 
 
 def one_layer():
@@ -44,7 +46,7 @@ def second_moment(rows):
     return rows.flatten(1).T @ rows.flatten(1)
 
 
-def assert_near(found, expected, bound=1e-6):
+def assert_near(found, expected, bound=1e-12):
     torch.testing.assert_close(found, expected, rtol=0, atol=bound * expected.abs().max().item())
 
 
@@ -64,7 +66,7 @@ def test_moments_are_those_of_autograd_on_the_untouched_model(name, labels):
         assert_near(measured.moments["value_gradients"].sum, layer.values.flatten(1).sum(0))
         if name != "opt":
             by_head = layer.rotated_keys.transpose(0, 1)
-            assert_near(measured.moments["rotated_key_gradients"].total, by_head.mT @ by_head)
+            assert_near(measured.moments["rotated_key_gradients"].total, by_head.mT @ by_head, ROTATED_BOUND)
 
 
 def test_the_other_labels_and_a_mean_loss_fail_the_bound():
@@ -84,7 +86,7 @@ def test_rotated_keys_are_measured_over_all_heads_where_a_method_asks():
         gradient_moments(model, [ids], join_rotated_heads=True),
         materialise_gradients(model, ids, "sampled"),
     )
-    assert_near(found.moments["rotated_key_gradients"].total, second_moment(expected.rotated_keys))
+    assert_near(found.moments["rotated_key_gradients"].total, second_moment(expected.rotated_keys), ROTATED_BOUND)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -96,7 +98,7 @@ def test_one_shard_and_four_are_the_same(name):
     for layer, *parts in zip(whole, *shards, strict=True):
         added = parts[0] + parts[1] + parts[2] + parts[3]
         for stage, moment in layer.moments.items():
-            assert_near(added.moments[stage].total, moment.total, bound=1e-12)
+            assert_near(added.moments[stage].total, moment.total)
             assert added.moments[stage].num_tokens == moment.num_tokens
 
 
@@ -127,7 +129,7 @@ def test_logits_of_a_few_tokens_at_a_time_give_the_same(monkeypatch):
     assert seen == [7, 7, 7, 7, 2]
     for one, other in zip(whole, chunked, strict=True):
         for stage, moment in one.moments.items():
-            assert_near(other.moments[stage].total, moment.total, bound=1e-12)
+            assert_near(other.moments[stage].total, moment.total)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gptj"])
@@ -201,7 +203,7 @@ def key_energy(model, calibration):
 
 
 def test_the_predicted_rise_is_within_a_factor_of_two_of_the_measured_one():
-    """Measured / predicted was 1.26 with these windows and 1.03 with 400. Rises below 0.0005 nats are predicted too low,
+    """Measured / predicted was 1.14 with these windows and 0.93 with 400. Rises below 0.0005 nats are predicted too low,
     by up to 4.5 times at half of this model's cache."""
     model = AutoModelForCausalLM.from_pretrained(DEMO / "stdlib-llama", dtype=torch.float32).eval()
     text = "\n".join(json.loads(row)["text"] for row in (DEMO / "heldout.jsonl").read_text().splitlines()[:60])
@@ -209,14 +211,14 @@ def test_the_predicted_rise_is_within_a_factor_of_two_of_the_measured_one():
     windows = ids[: 64 * 128].view(64, 128)
     calibration, heldout = windows[::2], [windows[1::2]]
     baseline, rises, predicted = mean_loss(model, heldout), {}, {}
-    for method in ("fisher", "kq_joint"):
-        variant = lorc_core.compress(model, method, 0.3, calibration=calibration)
+    for method in ("fisher", "lorc"):
+        variant = lorc_core.compress(model, method, 0.2, calibration=calibration)
         predicted[method] = variant.ranks.predicted_rise
         with lorc_core.attach(model, variant):
             rises[method] = mean_loss(model, heldout) - baseline
     assert 0.5 < rises["fisher"] / predicted["fisher"] < 2
-    assert rises["kq_joint"] > 2 * rises["fisher"]  # the control: the prediction is of these projections alone
-    assert predicted["kq_joint"] is None
+    assert rises["lorc"] > 10 * predicted["fisher"]  # the control: it is of these projections, not of any
+    assert predicted["lorc"] is None
 
 
 def test_the_predicted_rise_is_half_of_what_water_level_cuts(tmp_path):
@@ -241,3 +243,40 @@ def test_the_predicted_rise_is_half_of_what_water_level_cuts(tmp_path):
     loaded = lorc_core.load_variant(tmp_path)
     assert (loaded.ranks, schedule_from_dict(loaded.schedule)) == (variant.ranks, WaterLevel())
     assert f"predicted rise {variant.ranks.predicted_rise:.4f} nats per token" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("labels", ["sampled", "text"])
+def test_inference_mode_around_it_changes_nothing(labels):
+    model = tiny_model("llama")
+    whole = gradient_moments(model, [tokens(model)], labels=labels)
+    with torch.inference_mode():
+        found = gradient_moments(model, [tokens(model)], labels=labels)
+    for one, other in zip(whole, found, strict=True):
+        for stage, moment in one.moments.items():
+            assert torch.equal(other.moments[stage].total, moment.total)
+
+
+def test_a_model_with_accelerates_hooks_is_measured_and_keeps_them():
+    """They stand in the place of each module's forward."""
+    model = tiny_model("llama")
+    ids = tokens(model)
+    whole = gradient_moments(model, [ids])
+    model = dispatch_model(model, {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
+    forwards = {name: part.__dict__.get("forward") for name, part in model.named_modules()}
+    assert any(forwards.values())
+    for one, other in zip(whole, gradient_moments(model, [ids]), strict=True):
+        for stage, moment in one.moments.items():
+            assert_near(other.moments[stage].total, moment.total)
+    assert {name: part.__dict__.get("forward") for name, part in model.named_modules()} == forwards
+
+
+def test_a_model_in_bfloat16_has_nearly_the_same_gradients():
+    """Of the text's labels, since those that are drawn may differ. Sums stay float64; worst of 8 seeds 2.4 %."""
+    model = tiny_model("qwen2")
+    ids = tokens(model, rows=8)
+    exact = gradient_moments(model, [ids], labels="text")
+    for one, other in zip(exact, gradient_moments(model.bfloat16(), [ids], labels="text"), strict=True):
+        for stage, moment in one.moments.items():
+            found = other.moments[stage].total
+            assert found.dtype == torch.float64
+            assert (found - moment.total).norm() < 0.1 * moment.total.norm()
