@@ -9,7 +9,7 @@ from lorc_core.ranks.spectra import Energies, LayerSpectrum, RankSchedule
 def predicted_rise(spectra: Sequence[LayerSpectrum], ranks: RankSchedule) -> float:
     """Half of all energy that is cut: the rise of the loss to second order, in nats per token.
 
-    Too low where much is cut, since errors of all layers and tokens are taken as independent and small.
+    Errors of all layers and tokens are taken as independent and small; docs/methods.md says how far that held.
 
     Args:
         spectra: One per layer, of a method whose readers are all `gradient`.
