@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lorc_core.model.kinds import KeysValues
     from lorc_core.ranks.progressive import Progressive
     from lorc_core.ranks.schedule import Schedule
-    from lorc_core.ranks.schedules import SCHEDULES, Energy, ErrorBudget, Fisher, Sensitivity, Uniform
+    from lorc_core.ranks.schedules import SCHEDULES, Energy, ErrorBudget, Fisher, Sensitivity, Uniform, WaterLevel
     from lorc_core.ranks.spectra import RankSchedule
     from lorc_core.standalone.export import export_variant
     from lorc_core.standalone.plain_export import export_plain
@@ -60,6 +60,7 @@ __all__ = [
     "Uniform",
     "UnsupportedModelError",
     "Variant",
+    "WaterLevel",
     "__version__",
     "attach",
     "cache_bytes",
@@ -81,7 +82,7 @@ _MODULES = {
     "model.kinds": ("KeysValues",),
     "ranks.progressive": ("Progressive",),
     "ranks.schedule": ("Schedule",),
-    "ranks.schedules": ("SCHEDULES", "Energy", "ErrorBudget", "Fisher", "Sensitivity", "Uniform"),
+    "ranks.schedules": ("SCHEDULES", "Energy", "ErrorBudget", "Fisher", "Sensitivity", "Uniform", "WaterLevel"),
     "ranks.spectra": ("RankSchedule",),
     "standalone.export": ("export_variant",),
     "standalone.plain_export": ("export_plain",),

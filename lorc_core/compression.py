@@ -7,7 +7,7 @@ import os
 import reprlib
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import NoneType
 
@@ -29,6 +29,7 @@ from lorc_core.model.stored.locations import ModelLocation, find_model
 from lorc_core.model.stored.weights import checkpoint_fingerprint, read_bias, read_weight
 from lorc_core.progress import progress_bar
 from lorc_core.ranks.budgets import check_kept_fraction
+from lorc_core.ranks.prediction import predicted_rise
 from lorc_core.ranks.schedule import Schedule
 from lorc_core.ranks.schedules import known_schedule
 from lorc_core.variant import BaseModel, Variant
@@ -225,6 +226,8 @@ def compress(
         ranks = chosen.ranks(spectra, kept_fraction, probes)
         if on_text:
             ranks = on_text.refine(chosen, ranks, layers)
+    if chosen_method.is_in_nats:
+        ranks = replace(ranks, predicted_rise=predicted_rise(spectra, ranks))
     factors = tuple(slice_layer(layer, layer_idx, ranks, dtype) for layer_idx, layer in enumerate(layers))
     adapters = {name: tensor.to(dtype) for name, tensor in adapters.items()}
     return Variant(opened.base, opened.architecture, chosen_method, asdict(chosen), ranks, factors, adapters)

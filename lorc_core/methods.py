@@ -10,14 +10,23 @@ from lorc_core.model.blocks import Partition, check_block, partition_of
 from lorc_core.model.kinds import KINDS, Kind
 from lorc_core.ranks.progressive import Progressive
 from lorc_core.ranks.schedule import Schedule
-from lorc_core.ranks.schedules import Energy, ErrorBudget, Fisher, Sensitivity, Uniform, schedule_from_dict
+from lorc_core.ranks.schedules import (
+    Energy,
+    ErrorBudget,
+    Fisher,
+    Sensitivity,
+    Uniform,
+    WaterLevel,
+    schedule_from_dict,
+)
 from lorc_core.reprs import configuration_repr
 
 Statistics = Literal["weights", "weights_with_gain", "calibration"]
-Reader = Literal["none", "stacked", "interaction"]
+Reader = Literal["none", "stacked", "interaction", "gradient"]
 Space = Literal["pre_rope", "post_rope"]
 Gqa = Literal["stack", "sum"]
 Mean = Literal["known", "measured"]
+BALANCED_READERS: tuple[Reader, ...] = ("interaction", "gradient")  # weigh errors; factors have a `down` of their own
 CHOICES = {"statistics": Statistics, "reader": Reader, "space": Space, "gqa": Gqa, "mean": Mean}
 
 
@@ -30,7 +39,7 @@ class Axes:
             in) or `calibration` (measured on text).
         reader: Whose error is minimised: that of the states (`none`), or that of what queries or W_o read of them
             (`interaction`). `stacked` is a compromise: an orthogonal projector that keeps what is large in the states
-            or in their readers.
+            or in their readers. `gradient`: the rise of the loss, by its own gradient with respect to the states.
         block: `joint`, `group(h)`, `head` or `frequency`; see `Partition`.
         space: Keys before or after the rotation; the same where there is none, and for values.
         gqa: Query heads that share a kv head are stacked, as is right, or summed, for comparison.
@@ -55,6 +64,8 @@ class Axes:
             raise ConfigError("block frequency needs space post_rope: its latents are cached rotated")
         if self.mean == "measured" and (self.statistics != "calibration" or self.space == "post_rope"):
             raise ConfigError("mean measured needs statistics calibration and space pre_rope")
+        if self.reader == "gradient" and self.statistics != "calibration":
+            raise ConfigError("reader gradient needs statistics calibration")
 
     def __repr__(self) -> str:
         return configuration_repr(self)
@@ -62,6 +73,11 @@ class Axes:
     def rotated(self, architecture: Architecture, layer_idx: int) -> bool:
         """Whether the cached states of a layer are rotated ones."""
         return self.space == "post_rope" and architecture.layer_rotary(layer_idx) is not None
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether the reader weighs errors, so that `down` is no transpose of an orthogonal `up`."""
+        return self.reader in BALANCED_READERS
 
     @property
     def joins_rotated_heads(self) -> bool:
@@ -197,6 +213,16 @@ class Method:
         all_axes = [axes for method in self.methods for axes in (method.keys, method.values)]
         return self.training is not None or any(axes.statistics == "calibration" for axes in all_axes)
 
+    @property
+    def is_in_nats(self) -> bool:
+        """Whether half of the energy that is cut is the rise of the loss: all readers are its gradient."""
+        return all(axes.reader == "gradient" for method in self.methods for axes in (method.keys, method.values))
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a reader of some layer is the gradient of the loss."""
+        return any(axes.reader == "gradient" for method in self.methods for axes in (method.keys, method.values))
+
     def check(self, architecture: Architecture) -> None:
         """Refuse a model that cannot be compressed so.
 
@@ -286,6 +312,13 @@ METHODS = {
             *both(Axes("calibration", "interaction")),
             schedule=Energy(spectrum="weights"),
             source="lorc's own: KQ-SVD's objective over all kv heads of a layer at once, before the rotation",
+        ),
+        Method(
+            "fisher",
+            *both(Axes("calibration", "gradient")),
+            schedule=WaterLevel(),
+            source="lorc's own: KQ-SVD's formula, arXiv 2512.05916, with the loss's metric: its Fisher information "
+            "with respect to keys before the rotation and to values",
         ),
         Method(
             "k_svd",

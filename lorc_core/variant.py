@@ -20,7 +20,7 @@ from lorc_core.model.architecture import Architecture
 from lorc_core.model.kinds import KINDS, KeysValues, LayerKind
 from lorc_core.ranks.spectra import RankSchedule
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 CONFIG_FILE = "lorc_config.json"
 FACTORS_FILE = "factors.safetensors"
 ADAPTERS = "adapters"
@@ -189,7 +189,7 @@ def read_factors(
         return None
     partition = axes.partition(architecture)
     expected: dict[str, tuple[int, ...]] = {"up": (partition.width, sum(ranks))}
-    if axes.reader == "interaction":
+    if axes.is_balanced:
         expected["own_down"] = (sum(ranks), partition.width)
     if axes.has_mean(architecture, *place):
         expected["mean"] = (architecture.kv_width,)
@@ -207,6 +207,7 @@ def model_card(variant: Variant) -> str:
     """Markdown: what the variant is, what it saves, how to load it."""
     ranks = variant.ranks
     note = f" ({ranks.note})" if ranks.note else ""
+    predicted = "" if ranks.predicted_rise is None else f", predicted rise {ranks.predicted_rise:.4f} nats per token"
     rows = "\n".join(
         f"| {idx} | {layer.floats('keys')} | {layer.floats('values')} |" for idx, layer in enumerate(ranks.layers)
     )
@@ -216,7 +217,7 @@ def model_card(variant: Variant) -> str:
 Keeps {variant.kept_fraction:.4f} of the cached floats: {floats:,} of {full:,} per token
 ({floats * 2:,} bytes per token at 16 bit instead of {full * 2:,}).
 Method `{variant.method.name}` ({variant.method.source}),
-schedule `{variant.schedule["name"]}`{note}, of {ranks.kv_width} floats per kind and layer:
+schedule `{variant.schedule["name"]}`{note}{predicted}, of {ranks.kv_width} floats per kind and layer:
 
 | layer | key floats | value floats |
 |---|---|---|

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lorc_core.measurement.gradients import draws_of
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -120,3 +122,47 @@ def dense_projection(factors):
         projection[place[:, None], place] = factors.up[:, own].double() @ factors.down[own].double()
     assert done == factors.up.shape[1]
     return projection
+
+
+@dataclass
+class LayerGradients:
+    """Gradients of the summed loss with respect to one layer's keys and values (T, G, d), in the model's dtype."""
+
+    keys: torch.Tensor
+    rotated_keys: torch.Tensor
+    values: torch.Tensor
+
+
+def materialise_gradients(model, ids, labels):
+    """Every layer's gradients on (sequences, tokens), by autograd on the outputs of the projections."""
+    seen = {}
+    handles = [
+        getattr(module, name).register_forward_hook(
+            lambda _, args, output, place=(idx, name): seen.update({place: output})
+        )
+        for idx, module in enumerate(attention_modules(model))
+        for name in ("k_proj", "v_proj")
+    ]
+    with torch.enable_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+        chances = logits.log_softmax(dim=-1)
+        if labels == "text":
+            loss = -chances[:, :-1].gather(-1, ids[:, 1:, None]).sum()
+        else:
+            loss = -chances.gather(-1, drawn_labels(logits.detach(), ids)[..., None]).sum()
+        gradients = dict(zip(seen, torch.autograd.grad(loss, list(seen.values())), strict=True))
+    for handle in handles:
+        handle.remove()
+    num_kv_heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
+    found = []
+    for idx in range(model.config.num_hidden_layers):
+        keys, values = (gradients[idx, name].unflatten(-1, (num_kv_heads, -1)) for name in ("k_proj", "v_proj"))
+        # a rotation is orthogonal: the gradient is rotated as the key is
+        found.append(LayerGradients(keys.flatten(0, 1), rotated(model, keys).flatten(0, 1), values.flatten(0, 1)))
+    return found
+
+
+def drawn_labels(logits, ids):
+    """By the runtime's draws, the first label of which the cumulative probability is above the draw."""
+    draws = torch.stack([draws_of(sequence) for sequence in ids])
+    return (logits.double().softmax(-1).cumsum(-1) <= draws[..., None]).sum(-1)

@@ -145,7 +145,7 @@ def random_contender(architecture: Architecture, method: str, kept: KeysValues[f
         rank = round(kept[kind] * partition.width / partition.rank_step) * partition.rank_step
         total = rank * partition.num_blocks
         up = torch.randn(partition.width, total, generator=generator) / partition.width**0.5
-        own_down = up.T.clone() if axes.reader == "interaction" else None
+        own_down = up.T.clone() if axes.is_balanced else None
         rotated = kind == "keys" and axes.rotated(architecture, layer_idx)
         return Factors(partition, (rank,) * partition.num_blocks, up, own_down, None, rotated)
 

@@ -57,7 +57,7 @@ def planned_factor_floats(schedule: RankSchedule, method: Method, architecture: 
 def floats_per_rank(method: Method, architecture: Architecture, place: LayerKind) -> int:
     """Of `up`, and of a `down` that is not its transpose, for each float that is cached per token."""
     axes = method.axes(*place)
-    sides = 2 if axes.reader == "interaction" else 1
+    sides = 2 if axes.is_balanced else 1
     return sides * axes.partition(architecture).width
 
 

@@ -15,7 +15,7 @@ from lorc_core.decomposition.left_singular import left_singular, singular_values
 from lorc_core.decomposition.moments import Moments
 from lorc_core.decomposition.symmetric import eigh, eigvalsh, gram
 from lorc_core.errors import NumericsError
-from lorc_core.methods import Reader
+from lorc_core.methods import BALANCED_READERS, Reader
 from lorc_core.model.blocks import Partition
 from lorc_core.model.channels import diagonal_blocks, split_blocks
 
@@ -28,7 +28,8 @@ def decompose(
     """Best projections of each block, at every rank, in the sense of `reader`.
 
     `interaction` minimises tr(M (I - P) C (I - P)^T): with U S V^T = svd(M^{1/2} C^{1/2}), up = M^{-1/2} U S^{1/2},
-    down = S^{1/2} V^T C^{-1/2}, and the error at rank K is the sum of S^2 past K. `none` is the same with M = I: the
+    down = S^{1/2} V^T C^{-1/2}, and the error at rank K is the sum of S^2 past K; `gradient` too, with M of the loss's
+    gradient. `none` is the same with M = I: the
     top eigenvectors of C. `stacked` takes those of C + M, the SVD of [K; Q].
 
     Args:
@@ -56,7 +57,7 @@ def decompose(
             raise NumericsError(f"the {name} holds NaN or infinity")
     states, readers = (diagonal_blocks(moment, partition) for moment in (moments.states, moments.readers))
     own_down = None
-    if reader == "interaction":
+    if reader in BALANCED_READERS:
         up, own_down, read_energies = balanced_factors(states, readers)
     else:
         eigenvalues, vectors = eigh(states if reader == "none" else states + readers)

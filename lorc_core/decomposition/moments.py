@@ -32,7 +32,7 @@ class Moments:
 
     Attributes:
         states: C = E[(s - m)(s - m)^T] of the states s to cache.
-        readers: M, the second moment of what reads them, block-diagonal over kv heads.
+        readers: M, the second moment of what reads them, block-diagonal over kv heads unless it is the loss's.
         mean: m, the constant known for the states; None for zero.
     """
 
@@ -50,7 +50,8 @@ def moments_of(
 ) -> Moments:
     """C, M and m as a method asks for them.
 
-    Keys are read by the queries of every query head of their group, values by W_o: M is the sum over those heads.
+    Keys are read by the queries of every query head of their group, values by W_o: M is the sum over those heads. With
+    the reader `gradient` M is the second moment of the loss's gradient with respect to the states.
 
     Args:
         source: Where the weights are.
@@ -67,6 +68,8 @@ def moments_of(
         return _moments_of_weights(source, architecture, place, axes)
     if calibrated is None:
         raise ConfigError("a method that calibrates needs calibration text")
+    if axes.reader == "gradient" and "value_gradients" not in calibrated.moments:
+        raise ConfigError("reader gradient needs the moments of `gradient_moments` beside those of `calibrate`")
     return _moments_of_text(source, architecture, place, axes, calibrated)
 
 
@@ -104,6 +107,9 @@ def _moments_of_text(
     else:
         mean = None
     states = over_all_heads(measured.about(mean))
+    if axes.reader == "gradient":
+        gradients = calibrated.in_space("key_gradients" if kind == "keys" else "value_gradients", axes)
+        return Moments(states, over_all_heads(gradients.about(None)), mean)
     if kind == "values":
         return Moments(states, output_moment(source, architecture, layer_idx, axes.gqa), mean)
     queries = calibrated.in_space("queries" if axes.gqa == "stack" else "summed", axes)

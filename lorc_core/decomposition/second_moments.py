@@ -56,13 +56,18 @@ class LayerMoments:
             heads (N); `queries` (G, D), of the query heads that read each kv head taken as so many tokens; `summed`
             (G, D), of the sum of those query heads; and, where there is a rotation, `rotated_queries`,
             `rotated_summed` and `rotated_keys`, these of each head (G, D) or, where a method asks for it, over all
-            (N).
+            (N). Where a method asks for gradients of the loss: `key_gradients`, `value_gradients` and
+            `rotated_key_gradients`, shaped as those of the states.
     """
 
     moments: dict[str, SecondMoment]
 
     def __add__(self, other: "LayerMoments") -> "LayerMoments":
         return LayerMoments({name: moment + other.moments[name] for name, moment in self.moments.items()})
+
+    def beside(self, other: "LayerMoments") -> "LayerMoments":
+        """These moments and others of the same layer, which have other names."""
+        return LayerMoments(self.moments | other.moments)
 
     @property
     def num_tokens(self) -> int:
@@ -93,7 +98,7 @@ class LayerMoments:
         """The moment of keys, values or queries in a method's space: before the rotation or after it.
 
         Args:
-            name: `keys`, `values`, `queries` or `summed`.
+            name: `keys`, `values`, `queries`, `summed`, `key_gradients` or `value_gradients`.
             axes: The method's. Complex blocks commute with the rotation, so they are read before it, where all heads
                 are measured together.
         """

@@ -15,6 +15,7 @@ from lorc_core.decomposition.second_moments import LayerMoments
 from lorc_core.measurement.calibration import batches, calibrate
 from lorc_core.measurement.calibration_text import Calibration, calibration_text
 from lorc_core.measurement.exchange import exchanged_ranks, max_exchange_passes
+from lorc_core.measurement.gradients import gradient_moments
 from lorc_core.measurement.probes import max_passes, probe
 from lorc_core.measurement.training.latent_bases import trained_layers
 from lorc_core.measurement.training.trainer import Trainer
@@ -81,10 +82,22 @@ class CalibratedModel:
                 counter.remove()
 
     def moments(self, method: Method) -> tuple[LayerMoments, ...]:
-        """See `calibrate`."""
+        """See `calibrate`, with those of `gradient_moments` beside them for a method whose readers are gradients."""
         method.check_enough_tokens(self.architecture, self.sequences.numel())
+        joins = method.joins_rotated_heads
         with self.progress("calibrating", len(self.batches)):
-            return calibrate(self.model, self.batches, join_rotated_heads=method.joins_rotated_heads)
+            layers = calibrate(self.model, self.batches, join_rotated_heads=joins)
+        if not method.needs_gradients:
+            return layers
+        gradients = gradient_moments(self.model, self.counted("backpropagating"), join_rotated_heads=joins)
+        return tuple(layer.beside(of_loss) for layer, of_loss in zip(layers, gradients, strict=True))
+
+    def counted(self, doing: str) -> Iterator[Int[Tensor, "_ _"]]:
+        """The batches, with a bar of those that are done: for what calls the decoder more often than once for each."""
+        with progress_bar(f"{doing} on {self.text}", len(self.batches), "batches") as bar:
+            for batch in self.batches:
+                yield batch
+                bar.update()
 
     def trained(
         self, method: Method, layers: list[LayerDecomposition]

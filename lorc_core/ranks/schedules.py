@@ -44,6 +44,23 @@ class Energy(Schedule):
 
 
 @dataclass(frozen=True, repr=False)
+class WaterLevel(Schedule):
+    """One water level over all layers, kinds and blocks: the directions with the most energy, whosever they are.
+
+    Unlike `Energy` it takes what is read as it is, not as a share of its layer's, so energies must be in one unit
+    everywhere. Those of the reader `gradient` are: half of what is cut is the rise of the loss in nats.
+    """
+
+    name: str = field(default="water_level", init=False)
+
+    def gains(self, spectrum: KindSpectrum, layer_idx: int, kind: Kind, probes: Probes) -> Energies:
+        return spectrum.read
+
+    def climb(self, spectra: Sequence[LayerSpectrum], stairs: Sequence[Staircase], probes: Probes) -> Climb:
+        return best_first(stairs)
+
+
+@dataclass(frozen=True, repr=False)
 class Fisher(Schedule):
     """Ranks proportional to the root Fisher information of each block's channels, up to its width.
 
@@ -145,6 +162,7 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "uniform": Uniform,
     "progressive": Progressive,
     "energy": Energy,
+    "water_level": WaterLevel,
     "fisher": Fisher,
     "error_budget": ErrorBudget,
     "sensitivity": Sensitivity,

@@ -78,17 +78,19 @@ class RankSchedule:
         layers: First layer first.
         kv_width: Floats per token of one layer's keys, or values, uncompressed.
         note: Where the schedule left its source's form, or what it solved for; empty mostly.
+        predicted_rise: Of the loss, in nats per token; None where energies are in another unit. See `predicted_rise`.
     """
 
     layers: tuple[LayerRanks, ...]
     kv_width: int
     note: str = ""
+    predicted_rise: float | None = None
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "RankSchedule":
         """The inverse of `dataclasses.asdict`."""
         layers = tuple(LayerRanks(*(tuple(layer[kind]) for kind in KINDS)) for layer in saved["layers"])
-        return cls(layers, saved["kv_width"], saved["note"])
+        return cls(layers, saved["kv_width"], saved["note"], saved["predicted_rise"])
 
     def __repr__(self) -> str:
         note = f", {self.note}" if self.note else ""

@@ -85,7 +85,7 @@ def kind_operations(architecture: Architecture, axes: Axes, kind: Kind, layer_id
         yield product(architecture.head_dim, readers * inner, architecture.head_dim, architecture.num_kv_heads)
     # A complex block is half as wide and each of its products takes four: W^3 / 2 in all.
     side, times = (width // 2, 4 * blocks) if partition.is_complex else (width, blocks)
-    if axes.reader == "interaction":
+    if axes.is_balanced:
         yield spectral("eigh", side, 2 * times)
         yield product(side, side, side, PRODUCTS_OF_ROOTS * times)
         yield spectral("svd", side, times)

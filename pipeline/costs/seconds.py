@@ -10,7 +10,13 @@ from pipeline.costs.work import Work, work_of
 from pipeline.steps.step import ModelStep, Need, Step
 
 # Kinds of steps that the bench does not run, by one that does the same around its own work.
-LIKE = {"search": "evaluate", "train": "evaluate", "regress": "evaluate", "change_basis": "decompose"}
+LIKE = {
+    "search": "evaluate",
+    "train": "evaluate",
+    "regress": "evaluate",
+    "change_basis": "decompose",
+    "gradients": "calibrate",
+}
 NOTHING = Fixed()
 MOMENTS_ON_GPU = 0.4  # of a forward pass, at most; measured on a CPU: `lorc bench calibrate` in docs/benchmarks.md
 

@@ -17,13 +17,14 @@ from pipeline.steps.layers import DecomposeStep, LayerStep, TrainStep
 from pipeline.steps.ranks import ProbeStep, SearchStep
 from pipeline.steps.scores import EvaluateStep
 from pipeline.steps.step import ModelLoad, ModelSize, ModelStep, Step
-from pipeline.steps.texts import CalibrateStep, WindowsStep
+from pipeline.steps.texts import GradientsStep, ShardStep, WindowsStep
 from pipeline.steps.variants import ProjectionErrorsStep, VariantStep
 from pipeline.zoo.sections import ELEMENT_BYTES
 
 STORED_BYTES = ELEMENT_BYTES["bfloat16"]  # of a weight, where a step does not say; what models are published in
 FACTOR_BYTES, MOMENT_BYTES = 4, 8  # as artifacts have them
 BACKWARD = 2  # a backward pass costs two forward ones
+GRADIENT_PASSES = 2 + BACKWARD  # of a gradient of the loss, for which layers are run again on the way back
 DEEPEST = 2  # forward passes that training makes of a step's batch: the untouched model's and the compressed one's
 
 
@@ -96,12 +97,14 @@ def model_work(step: ModelStep, loads: ModelLoad, size: ModelSize) -> Work:
         tokens, window = tokens_of(step.windows), longest(step.windows)
         batches = sum(-(-windows.num_windows // step.batch_size) for windows in step.windows)
         return Work((), forward_flops(size, tokens, window), 2 * batches, reads, 0, shape.num_layers)
-    if isinstance(step, CalibrateStep):
+    if isinstance(step, ShardStep):
         tokens, window = tokens_of(step.windows) // step.num_shards, longest(step.windows)
         batches = -(-tokens // (window * step.batch_size))
+        passes = GRADIENT_PASSES if isinstance(step, GradientsStep) else 1
         moments = moment_operations(shape, tokens, join_rotated_heads=step.join_rotated_heads)
         written = shape.num_layers * moment_bytes(shape)
-        return Work(moments, forward_flops(size, tokens, window), batches, reads, written, shape.num_layers)
+        flops = passes * forward_flops(size, tokens, window)
+        return Work(moments, flops, passes * batches, reads, written, shape.num_layers)
     if isinstance(step, ProbeStep | SearchStep):
         passes, window = passes_of(step, shape), longest(step.windows)
         num_windows = sum(min(step.num_windows, windows.num_windows) for windows in step.windows)
@@ -147,7 +150,7 @@ def model_bytes(loads: ModelLoad, size: ModelSize) -> int:
 
 def kind_floats(shape: Architecture, axes: Axes) -> int:
     """Of the weights that decomposing a layer's keys, or its values, reads."""
-    readers = axes.reader != "none" or axes.statistics == "weights_with_gain"
+    readers = axes.reader in ("interaction", "stacked") or axes.statistics == "weights_with_gain"
     width = shape.kv_width + (shape.num_heads * shape.head_dim if readers else 0)
     return width * shape.hidden_size
 
@@ -159,7 +162,7 @@ def layer_bytes(step: LayerStep) -> int:
 
 @lru_cache(maxsize=4096)
 def factor_bytes(shape: Architecture, axes: KeysValues[Axes]) -> int:
-    sides = sum((2 if kind.reader == "interaction" else 1) * kind.partition(shape).width for kind in axes)
+    sides = sum((2 if kind.is_balanced else 1) * kind.partition(shape).width for kind in axes)
     return sides * shape.kv_width * FACTOR_BYTES
 
 

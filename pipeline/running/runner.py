@@ -20,7 +20,7 @@ from pipeline.costs.seconds import seconds_of
 from pipeline.running.connection import check_reachable, connected
 from pipeline.running.nodes import Nodes
 from pipeline.running.replicas import Replicas, can_spread, gpus_of
-from pipeline.running.waiting import Batch, Room, WaitingBatches, batches_of, next_on_ray
+from pipeline.running.waiting import Batch, Room, WaitingBatches, batches_of, gathers_gpus, next_on_ray
 from pipeline.steps.outcome import Listener, Milestone, Outcome, Started
 from pipeline.steps.step import Step
 from pipeline.storage.store import Store
@@ -97,9 +97,7 @@ class Work:
             self.skip_broken(place)
         self.refuse_impossible()
         while self.waiting or self.running:
-            room = Room(self.nodes.capacity("CPU"), self.nodes.capacity("GPU"), self.cluster.models_in_flight)
-            chosen = next_on_ray(self.waiting, self.running.values(), self.begun, self.in_flight, room)
-            for batch in self.spread(self.waiting.take(chosen)):
+            for batch in self.spread(self.waiting.take(self.next_on_ray())):
                 self.submit(batch)
             here = [place for place in self.waiting.ready if self.waiting.batches[place].need is None][:1]
             for batch in self.waiting.take(here):
@@ -107,23 +105,6 @@ class Work:
             assert here or self.running or not self.waiting, "a step needs one that is neither done nor to be run"
             if self.running:
                 self.receive(0 if here else LOOK_S)
-
-    def spread(self, batches: list[Batch]) -> list[Batch]:
-        """The same batches, or shares of them where GPUs are free; what joins the shares waits for them."""
-        ready = (self.waiting.batches[place].need for place in self.waiting.ready)
-        if not any(can_spread(batch.steps) for batch in batches) or any(need and need.num_gpus for need in ready):
-            return batches
-        whole = ray.cluster_resources()
-        # Ray tells of tasks that have their GPUs, and not of those that were submitted a moment ago.
-        unclaimed = whole.get("GPU", 0) - sum(gpus_of(batch.steps) for batch in self.running.values())
-        free_gpus = min(ray.available_resources().get("GPU", 0), unclaimed)
-        parts = batches_of(self.replicas.spread([batch.steps for batch in batches], free_gpus, whole))
-        self.left += Counter(step.model for batch in parts for step in batch.steps)
-        self.left -= Counter(step.model for batch in batches for step in batch.steps)
-        for batch in parts:
-            if batch.need is None:
-                self.waiting.add_first(batch, self.outcomes)
-        return [batch for batch in parts if batch.need is not None]
 
     def refuse_impossible(self) -> None:
         """Record the steps that the cluster can never run as failed, before anything runs: a night is long."""
@@ -134,6 +115,27 @@ class Work:
                 (batch,) = self.waiting.take([place])
                 assert batch.need is not None
                 self.fail(batch.steps, lacks[batch.need])
+
+    def next_on_ray(self) -> list[int]:
+        """Places of the batches to give to Ray now; where all that is ready runs here there may be no Ray to ask."""
+        if all(self.waiting.batches[place].need is None for place in self.waiting.ready):
+            return []
+        room = Room(self.nodes.capacity("CPU"), self.nodes.capacity("GPU"), self.cluster.models_in_flight)
+        return next_on_ray(self.waiting, self.running.values(), self.begun, self.in_flight, room)
+
+    def spread(self, batches: list[Batch]) -> list[Batch]:
+        """The same batches, or shares of evaluations where GPUs are free; what joins the shares waits for them."""
+        gather = any(gathers_gpus(batch, self.begun) for batch in (*batches, *self.running.values()))
+        if gather or not any(can_spread(batch.steps) for batch in batches):
+            return batches
+        whole = ray.cluster_resources()
+        # Ray tells of tasks that have their GPUs, and not of those that were submitted a moment ago.
+        unclaimed = whole.get("GPU", 0) - sum(gpus_of(batch.steps) for batch in self.running.values())
+        free_gpus = min(ray.available_resources().get("GPU", 0), unclaimed)
+        found = batches_of(self.replicas.spread([batch.steps for batch in batches], free_gpus, whole))
+        for joining in [batch for batch in found if batch.need is None]:
+            self.waiting.add(joining, self.outcomes)
+        return [batch for batch in found if batch.need is not None]
 
     def submit(self, batch: Batch) -> None:
         """Give a batch to Ray, or record that no node can run it any more."""
@@ -229,9 +231,9 @@ class Work:
             case Outcome() as outcome:
                 self.outcomes[outcome.key] = outcome
                 self.listener.record(outcome)
+                self.left[outcome.model] -= 1
+                if not self.left[outcome.model]:
+                    self.in_flight.discard(outcome.model)
         if isinstance(told, Outcome):
-            self.left[told.model] -= 1
-            if not self.left[told.model]:
-                self.in_flight.discard(told.model)
             for place in self.waiting.end(told.key):
                 self.skip_broken(place)

@@ -48,28 +48,26 @@ class WaitingBatches:
             return -max(remaining_s.get(step.key, 0.0) for step in batch.steps)
 
         self.batches: dict[int, Batch] = {}  # by their place in the order
+        self.num_places = 0
         self.missing: dict[int, set[str]] = {}  # by place, inputs that have no outcome yet
         self.readers: dict[str, list[int]] = {}  # of an input that has none
         self.ready: list[int] = []
         self.ready_of: dict[str, list[int]] = defaultdict(list)  # the same, by model
-        for place, batch in enumerate(sorted(batches, key=longest_first)):
-            self.add(place, batch, known)
+        for batch in sorted(batches, key=longest_first):
+            self.add(batch, known)
 
-    def add(self, place: int, batch: Batch, known: Collection[str]) -> None:
-        """A batch more, where no other is in the order."""
+    def add(self, batch: Batch, known: Collection[str]) -> None:
+        """One more, after all others."""
+        place, self.num_places = self.num_places, self.num_places + 1
         self.batches[place] = batch
         missing = {needed.key for step in batch.steps for needed in step.input_steps() if needed.key not in known}
         if missing:
             self.missing[place] = missing
         else:
-            insort(self.ready, place)
-            insort(self.ready_of[batch.model], place)
+            self.ready.append(place)
+            self.ready_of[batch.model].append(place)
         for key in missing:
             self.readers.setdefault(key, []).append(place)
-
-    def add_first(self, batch: Batch, known: Collection[str]) -> None:
-        """A batch more, before all others."""
-        self.add(min(self.batches, default=0) - 1, batch, known)
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -13,7 +13,7 @@ VERSION = 1
 # candidate could be chosen: both are told where they fail, and are no steps.
 STAGES = {
     "texts": ("resolve", "windows"),
-    "calibrate": ("calibrate",),
+    "calibrate": ("calibrate", "gradients"),
     "decompose": ("decompose", "train", "change_basis"),
     "ranks": ("probe", "schedule", "search"),
     "variants": ("variant", "projection_errors"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lorc_core.errors import ConfigError
 from lorc_core.methods import Method
@@ -12,7 +13,7 @@ from pipeline.steps.layers import ChangeBasisStep, DecomposeStep, LayerStep, Tra
 from pipeline.steps.ranks import ByteBudget, ProbeStep, RanksStep, ScheduleStep, SearchStep
 from pipeline.steps.scores import EvaluateStep, RegisterStep
 from pipeline.steps.step import ModelLoad, ModelSize, Need
-from pipeline.steps.texts import CalibrateStep, WindowsStep
+from pipeline.steps.texts import CalibrateStep, GradientsStep, WindowsStep
 from pipeline.steps.variants import ProjectionErrorsStep, VariantStep
 from pipeline.zoo.limits import check_variant, check_window
 from pipeline.zoo.models import ResolvedModel
@@ -25,6 +26,9 @@ from pipeline.zoo.variants import Budget, VariantEntry, variant_label
 # of its square block; generous, since Ray only counts it.
 DECOMPOSE_COPIES = 6
 MOMENT_COPIES = 12  # float64 moments of one layer, their roots, factors and a shard more, over one square block
+
+
+Shard = TypeVar("Shard", CalibrateStep, GradientsStep)
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,15 @@ class ModelSteps:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The pinned calibration texts of one model and the steps that measure its moments on them, one per shard."""
+    """The pinned calibration texts of one model and the steps that measure its moments on them, one per shard.
+
+    `gradients` measures those of the loss's gradient, for the methods that read them.
+    """
 
     settings: Calibration
     windows: tuple[WindowsStep, ...]
     shards: tuple[CalibrateStep, ...]
+    gradients: tuple[GradientsStep, ...]
 
 
 def model_steps(zoo: Zoo, model: ResolvedModel, tracking_uri: str) -> ModelSteps:
@@ -103,20 +111,36 @@ def calibrated_steps(zoo: Zoo, model: ResolvedModel) -> Calibrated | None:
     if settings is None or settings.window_tokens > model.architecture.max_tokens:  # `check_variant` refuses those
         return None
     windows = windows_steps(model, settings.texts, settings)
-    shards = tuple(
-        CalibrateStep(
+    joins = any(entry.method.joins_rotated_heads for entry in zoo.variants)
+    return Calibrated(
+        settings,
+        windows,
+        shard_steps(CalibrateStep, model, settings, windows, join_rotated_heads=joins),
+        shard_steps(GradientsStep, model, settings, windows, join_rotated_heads=joins),
+    )
+
+
+def shard_steps(
+    kind: type[Shard],
+    model: ResolvedModel,
+    settings: Calibration,
+    windows: tuple[WindowsStep, ...],
+    *,
+    join_rotated_heads: bool,
+) -> tuple[Shard, ...]:
+    return tuple(
+        kind(
             model=model.entry.name,
             need=need_of(model),
             loads=loading(model),
             batch_size=settings.batch_size,
             shard=shard,
             num_shards=settings.shards,
-            join_rotated_heads=any(entry.method.joins_rotated_heads for entry in zoo.variants),
+            join_rotated_heads=join_rotated_heads,
             windows=windows,
         )
         for shard in range(settings.shards)
     )
-    return Calibrated(settings, windows, shards)
 
 
 def loading(model: ResolvedModel) -> ModelLoad:
@@ -164,17 +188,20 @@ def decompose_step(
 ) -> DecomposeStep:
     architecture = model.architecture
     floats = architecture.kv_width * (architecture.hidden_size + architecture.kv_width)
-    measures = any(axes.statistics == "calibration" for axes in (method.keys, method.values))
+    of_kinds = KeysValues(method.keys, method.values)
+    measures = any(axes.statistics == "calibration" for axes in of_kinds)
+    reads_gradients = any(axes.reader == "gradient" for axes in of_kinds)
     floats += MOMENT_COPIES * architecture.kv_width**2 if measures else 0
     return DecomposeStep(
         model=model.entry.name,
         need=Need(num_cpus=1, memory_bytes=DECOMPOSE_COPIES * 8 * floats),
-        axes=KeysValues(method.keys, method.values),
+        axes=of_kinds,
         layer_idx=layer_idx,
         content=model.content,
         location=model.location,
         architecture=architecture,
         calibrated=calibrated.shards if calibrated and measures else (),
+        gradients=calibrated.gradients if calibrated and reads_gradients else (),
     )
 
 

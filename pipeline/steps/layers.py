@@ -14,7 +14,7 @@ from lorc_core.model.stored.checkpoint import Checkpoint
 from lorc_core.model.stored.locations import ModelLocation
 from lorc_core.model.stored.weights import ReadOnce, layer_digest
 from pipeline.steps.step import FileStep, Input, ModelStep, Pin, Place, Progress, Recipe
-from pipeline.steps.texts import CalibrateStep, WindowsStep, longest, windows_of
+from pipeline.steps.texts import CalibrateStep, GradientsStep, WindowsStep, longest, windows_of
 from pipeline.storage.artifacts import (
     load_bases,
     load_layer,
@@ -51,17 +51,23 @@ class DecomposeStep(FileStep):
     location: Place[ModelLocation]
     architecture: Place[Architecture]
     calibrated: Input[tuple[CalibrateStep, ...]] = ()
+    gradients: Input[tuple[GradientsStep, ...]] = ()
 
     @property
     def group(self) -> str:
-        """A layer is read once for all methods; those that measure nothing do not wait for the others."""
-        return f"decompose {self.model} {self.layer_idx}{' calibrated' if self.calibrated else ''}"
+        """A layer is read once for all methods; those that measure less do not wait for what others measure."""
+        measured = f"{' calibrated' if self.calibrated else ''}{' gradients' if self.gradients else ''}"
+        return f"decompose {self.model} {self.layer_idx}{measured}"
 
     def run(self, output: Path, store: Store) -> None:
         from lorc_core.compression import decompose_kind
 
         source = layer_source(self.location, self.content, self.layer_idx)
-        moments = load_moments(store.paths(self.calibrated, moments_file(self.layer_idx)), self.layer_idx)
+        file = moments_file(self.layer_idx)
+        moments = load_moments(store.paths(self.calibrated, file), self.layer_idx)
+        of_loss = load_moments(store.paths(self.gradients, file), self.layer_idx)
+        if moments and of_loss:
+            moments = moments.beside(of_loss)
         layer = KeysValues.of(
             lambda kind: decompose_kind(
                 source, self.architecture, LayerKind(self.layer_idx, kind), self.axes[kind], moments

@@ -1,6 +1,7 @@
 """Steps that decide ranks: what schedules measure, the schedules, and the search after one that measures."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from lorc_core.caches.memory import planned_factor_floats
 from lorc_core.methods import Method
 from lorc_core.model.architecture import Architecture
 from lorc_core.ranks.budgets import fit_bytes
+from lorc_core.ranks.prediction import predicted_rise
 from lorc_core.ranks.schedule import Schedule
 from lorc_core.ranks.schedules import Sensitivity
 from lorc_core.ranks.spectra import Probe, RankSchedule
@@ -75,7 +77,7 @@ class ScheduleStep(FileStep):
     """The aggregator: ranks for every layer from the spectra of all, at a `kept_fraction` or in a `budget`."""
 
     name = "schedule"
-    revision = 3
+    revision = 4
 
     schedule: Recipe[Schedule]
     kept_fraction: Recipe[float | None]
@@ -88,12 +90,19 @@ class ScheduleStep(FileStep):
         probes = None if self.probes is None else load_probes(store.path(self.probes))
         ranks_at = partial(self.schedule.ranks, load_spectra(store.paths(self.layers, SPECTRA_FILE)), probes=probes)
         if self.kept_fraction is not None:
-            save_ranks(output, ranks_at(self.kept_fraction))
+            save_ranks(output, with_prediction(ranks_at(self.kept_fraction), self.layers, store))
             return
         assert self.budget is not None
         needed_bytes = partial(self.budget.needed_bytes, architecture=self.architecture)
         ranks = fit_bytes(ranks_at, needed_bytes, budget_bytes=self.budget.memory_bytes, name=self.schedule.name)
-        save_ranks(output, ranks)
+        save_ranks(output, with_prediction(ranks, self.layers, store))
+
+
+def with_prediction(ranks: RankSchedule, layers: Sequence[LayerStep], store: Store) -> RankSchedule:
+    """Ranks with the rise of the loss that they say, where all readers are its gradient."""
+    if any(axes.reader != "gradient" for layer in layers for axes in layer.decomposed.axes):
+        return ranks
+    return replace(ranks, predicted_rise=predicted_rise(load_spectra(store.paths(layers, SPECTRA_FILE)), ranks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +110,7 @@ class SearchStep(ModelStep):
     """Exchange floats between layers and kinds while the loss on calibration text falls."""
 
     name = "search"
-    revision = 1
+    revision = 2
 
     batch_size: Recipe[int]
     num_windows: Recipe[int]
@@ -119,7 +128,8 @@ class SearchStep(ModelStep):
         layers = [load_layer(path) for path in store.paths(self.layers)]
         windows = torch.from_numpy(windows_of(self.windows, store, model, self.num_windows))
         start = load_ranks(store.path(self.ranks))
-        save_ranks(output, exchanged_ranks(model, self.schedule, layers, windows.split(self.batch_size), start))
+        ranks = exchanged_ranks(model, self.schedule, layers, windows.split(self.batch_size), start)
+        save_ranks(output, with_prediction(ranks, self.layers, store))
 
 
 RanksStep = ScheduleStep | SearchStep  # leaves a variant's ranks

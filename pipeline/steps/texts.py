@@ -79,11 +79,8 @@ def longest(steps: Sequence[WindowsStep]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateStep(ModelStep):
-    """Second moments of every layer on one shard of the calibration windows."""
-
-    name = "calibrate"
-    revision = 2
+class ShardStep(ModelStep):
+    """Moments of every layer on one shard of the calibration windows; those of all shards add up."""
 
     batch_size: Recipe[int]
     shard: Recipe[int]
@@ -94,8 +91,33 @@ class CalibrateStep(ModelStep):
     def batch_shape(self, store: Store) -> tuple[int, int]:
         return self.batch_size, longest(self.windows)
 
+    def batches(self, store: Store, model: "PreTrainedModel") -> Sequence[Int[torch.Tensor, "_ _"]]:
+        rows = torch.from_numpy(windows_of(self.windows, store, model))[self.shard :: self.num_shards]
+        return rows.split(self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateStep(ShardStep):
+    """Second moments of what every layer caches and reads."""
+
+    name = "calibrate"
+    revision = 2
+
     def run(self, output: Path, store: Store, model: "PreTrainedModel") -> None:
         from lorc_core.measurement.calibration import calibrate
 
-        rows = torch.from_numpy(windows_of(self.windows, store, model))[self.shard :: self.num_shards]
-        save_moments(output, calibrate(model, rows.split(self.batch_size), join_rotated_heads=self.join_rotated_heads))
+        save_moments(output, calibrate(model, self.batches(store, model), join_rotated_heads=self.join_rotated_heads))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientsStep(ShardStep):
+    """Second moments of the loss's gradient with respect to what every layer caches."""
+
+    name = "gradients"
+    revision = 1
+
+    def run(self, output: Path, store: Store, model: "PreTrainedModel") -> None:
+        from lorc_core.measurement.gradients import gradient_moments
+
+        batches = self.batches(store, model)
+        save_moments(output, gradient_moments(model, batches, join_rotated_heads=self.join_rotated_heads))

@@ -36,7 +36,7 @@ class VariantStep(FileStep):
     """Slice every layer's factors to the scheduled ranks and write the variant."""
 
     name = "variant"
-    revision = 5
+    revision = 6
 
     method: Recipe[Method]
     schedule: Recipe[Schedule]

@@ -178,6 +178,7 @@ def save_ranks(output: Path, ranks: RankSchedule) -> None:
             "width": ranks.kv_width,
             "block_ranks": list(layer[kind]),
             "note": ranks.note,
+            "predicted_rise": ranks.predicted_rise,
         }
         for idx, layer in enumerate(ranks.layers)
         for kind in KINDS

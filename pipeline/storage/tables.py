@@ -43,6 +43,7 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             ("width", pa.int32()),
             ("block_ranks", pa.list_(pa.int32())),
             ("note", pa.string()),
+            ("predicted_rise", pa.float64()),
         ]
     ),
     "projection_errors": pa.schema(

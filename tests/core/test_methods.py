@@ -13,10 +13,11 @@ import torch
 
 from lorc_core.compression import LoadedWeights, decompose_layer
 from lorc_core.measurement.calibration import calibrate
+from lorc_core.measurement.gradients import gradient_moments
 from lorc_core.methods import METHODS, Axes
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.kinds import KINDS
-from tests.materialised import attention_modules, channels_of, dense_projection, materialise
+from tests.materialised import attention_modules, channels_of, dense_projection, materialise, materialise_gradients
 from tests.models import tiny_model
 from tests.runs import tokens
 
@@ -25,8 +26,16 @@ LAYER = 1
 MODELS = ["llama", "qwen2", "llama-mha", "opt"]
 SMALL_PALU = replace(METHODS["palu"], **{kind: Axes("calibration", block="group(2)") for kind in KINDS})
 SUMMED = replace(METHODS["kq_svd"], **{kind: replace(METHODS["kq_svd"].axes(0, kind), gqa="sum") for kind in KINDS})
+GRADIENTS = replace(
+    METHODS["kq_svd"], **{kind: replace(METHODS["kq_svd"].axes(0, kind), reader="gradient") for kind in KINDS}
+)
 JOINED = replace(METHODS["k_svd"], keys=replace(METHODS["k_svd"].keys, block="group(2)"))
-METHODS_TESTED = METHODS | {"palu of 2": SMALL_PALU, "kq_svd summed": SUMMED, "k_svd of 2": JOINED}
+METHODS_TESTED = METHODS | {
+    "palu of 2": SMALL_PALU,
+    "kq_svd summed": SUMMED,
+    "k_svd of 2": JOINED,
+    "fisher per head": GRADIENTS,
+}
 
 
 @cache
@@ -34,7 +43,11 @@ def case(name, join_rotated_heads=False):
     """A model, its states on some text, and what calibration measured."""
     model = tiny_model(name).double()
     ids = tokens(model, rows=4, columns=24)
-    return model, materialise(model, ids)[LAYER], calibrate(model, [ids], join_rotated_heads=join_rotated_heads)[LAYER]
+    layer = materialise(model, ids)[LAYER]
+    layer.gradients = materialise_gradients(model, ids, "sampled")[LAYER]
+    calibrated = calibrate(model, [ids], join_rotated_heads=join_rotated_heads)[LAYER]
+    of_loss = gradient_moments(model, [ids], join_rotated_heads=join_rotated_heads)[LAYER]
+    return model, layer, calibrated.beside(of_loss)
 
 
 def norm_of(model):
@@ -132,6 +145,16 @@ def kq_joint(model, layer, kind, channels, rank):
     return kq_svd(centred(model, layer, kind), padded_readers(readers_of(layer, kind)), rank)
 
 
+def fisher(model, layer, kind, channels, rank):
+    return kq_svd(centred(model, layer, kind), getattr(layer.gradients, kind).flatten(1), rank)
+
+
+def fisher_per_head(model, layer, kind, channels, rank):
+    head = channels[0] // len(channels)
+    gradients = layer.gradients.rotated_keys if kind == "keys" else layer.gradients.values
+    return kq_svd(after_rotation(model, layer, kind, channels)[0], gradients[:, head], rank)
+
+
 def after_rotation(model, layer, kind, channels):
     """(T, d) states of one head as cached after the rotation, and the rows that read them there."""
     head = channels[0] // len(channels)
@@ -208,6 +231,8 @@ RECIPES = {
     "lorc": lorc,
     "lorc_q": lorc_q,
     "kq_joint": kq_joint,
+    "fisher": fisher,
+    "fisher per head": fisher_per_head,
     "k_svd": k_svd,
     "k_svd of 2": k_svd_of_groups,
     "eigen": eigen,
@@ -280,6 +305,8 @@ def worst_difference(method, recipe, name, kind):
         ("eigen", "kq_svd"),
         ("kq_svd summed", "kq_svd"),
         ("kq_joint", "lorc_q"),
+        ("fisher", "kq_joint"),
+        ("fisher per head", "kq_svd"),
         ("lorc", "kq_joint"),
         ("zack", "k_svd"),
     ],

@@ -139,7 +139,7 @@ def test_another_schema_is_refused(saved):
     config = json.loads((saved / "lorc_config.json").read_text())
     (saved / "lorc_config.json").write_text(json.dumps(config | {"schema_version": 99}))
     write_manifest(saved)
-    with pytest.raises(ArtifactError, match="variant schema 99, this lorc reads 3"):
+    with pytest.raises(ArtifactError, match="variant schema 99, this lorc reads 4"):
         lorc_core.load_variant(saved)
 
 

@@ -10,13 +10,14 @@ import pyarrow.dataset as ds
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import lorc_core
 from lorc_core.methods import METHODS
 from pipeline.results import results
 from pipeline.steps.outcome import Listener
 from pipeline.steps.step import distinct
-from pipeline.storage.artifacts import load_moments
+from pipeline.storage.artifacts import load_moments, load_windows
 from pipeline.storage.tables import read_rows
 from pipeline.waiting import Patience
 from pipeline.zoo.file import load_zoo
@@ -42,6 +43,7 @@ MEASURED = (
         "kept_fraction": 0.5,
     },
     {"method": "kq_joint", "name": "bytes", "budget": {"memory_gib": 2e-4, "batch_size": 2, "context_tokens": 64}},
+    {"method": "fisher", "kept_fraction": 0.5},
     {"method": {"name": "trained", "preset": "kv_heads", "training": TRAINING}, "kept_fraction": list(BUDGETS)},
 )
 
@@ -82,14 +84,14 @@ def deficient(ray_cluster, tmp_path_factory):
     return run_zoo(load_zoo(zoo_file), directory / "work", until="evaluate")
 
 
-def test_a_sweep_of_ten_presets_over_budgets_decomposes_each_layer_once(sweep):
+def test_a_sweep_of_eleven_presets_over_budgets_decomposes_each_layer_once(sweep):
     presets, run = sweep
-    assert len(presets) == 10
+    assert len(presets) == 11
     counts = statuses(run)
     # three layers each; of the model without rotation, the two presets of rotated latents differ
-    assert counts["calibrate", "ran"] == 2
-    assert counts["decompose", "ran"] == 3 * 10 + 3 * 9
-    assert counts["schedule", "ran"] == counts["variant", "ran"] == len(BUDGETS) * (10 + 9)
+    assert counts["calibrate", "ran"] == counts["gradients", "ran"] == 2
+    assert counts["decompose", "ran"] == 3 * 11 + 3 * 10
+    assert counts["schedule", "ran"] == counts["variant", "ran"] == len(BUDGETS) * (11 + 10)
     assert [(outcome.model, outcome.variant, outcome.error) for outcome in run.failures] == [
         (
             "plain",
@@ -108,15 +110,15 @@ def test_four_budgets_ask_for_the_same_decompositions_and_calibration(sweep, dir
     models, _ = plan_steps(load_zoo(directory / "four.yaml"), run.store, Listener(), Patience(0))
     steps = distinct(wanted_steps(models, "compress"))
     done = Counter((step.name, run.store.is_done(step)) for step in steps)
-    assert (done["decompose", True], done["decompose", False]) == (3 * 10 + 3 * 9, 0)
+    assert (done["decompose", True], done["decompose", False]) == (3 * 11 + 3 * 10, 0)
     assert (done["calibrate", True], done["calibrate", False]) == (2, 0)
-    assert (done["variant", True], done["variant", False]) == (2 * (10 + 9), 2 * (10 + 9))
+    assert (done["variant", True], done["variant", False]) == (2 * (11 + 10), 2 * (11 + 10))
 
 
 def test_errors_are_below_their_bounds_and_above_the_least(sweep):
     _, run = sweep
     errors = ds.dataset(run.store.root / "tables" / "projection_errors").to_table().to_pandas()
-    assert len(errors) == 2 * 3 * len(BUDGETS) * (10 + 9)
+    assert len(errors) == 2 * 3 * len(BUDGETS) * (11 + 10)
     bounded = errors[errors.bound.notna()]
     assert (bounded.error <= bounded.bound * (1 + 1e-6)).all()
     known = errors[errors.least_read_error.notna()]
@@ -128,14 +130,36 @@ def test_errors_are_below_their_bounds_and_above_the_least(sweep):
 
 
 def test_shards_add_up_to_one(sweep, measured):
-    moments = []
-    for run, shards in ((sweep[1], 1), (measured[1], 3)):
-        steps = run.models[0].decompose["kq_joint"][0].calibrated
-        assert len({step.key for step in steps}) == shards
-        moments.append(load_moments([run.store.path(step) for step in steps], 1))
-    for stage, whole in moments[0].moments.items():
-        assert whole.num_tokens == moments[1].moments[stage].num_tokens
-        torch.testing.assert_close(moments[1].moments[stage].total, whole.total, rtol=1e-5, atol=1e-4)
+    for measures in ("calibrated", "gradients"):
+        moments = []
+        for run, shards in ((sweep[1], 1), (measured[1], 3)):
+            steps = getattr(run.models[0].decompose["fisher"][0], measures)
+            assert len({step.key for step in steps}) == shards
+            moments.append(load_moments([run.store.path(step) for step in steps], 1))
+        for stage, whole in moments[0].moments.items():
+            assert whole.num_tokens == moments[1].moments[stage].num_tokens
+            torch.testing.assert_close(moments[1].moments[stage].total, whole.total, rtol=1e-5, atol=1e-4)
+
+
+def test_the_predicted_rise_is_kept_with_ranks_and_variant_where_readers_are_gradients(measured):
+    """And it is that of the same projections made in one process."""
+    _, run = measured
+    for model in run.models:
+        for one in model.variants:
+            ranks, variant = run.store.path(one.schedule), lorc_core.load_variant(run.store.path(one.variant))
+            told = {row["predicted_rise"] for row in read_rows(ranks, "ranks")}
+            assert told == {variant.ranks.predicted_rise}
+            assert (variant.ranks.predicted_rise is not None) == (one.method == "fisher")
+    step = next(one for one in run.models[0].variants if one.method == "fisher")
+    variant, windows = lorc_core.load_variant(run.store.path(step.variant)), run.store.paths(run_windows(step))
+    base = AutoModelForCausalLM.from_pretrained(variant.base.source).eval()
+    alone = lorc_core.compress(base, "fisher", 0.5, calibration=torch.from_numpy(load_windows(windows)))
+    assert alone.ranks.layers == variant.ranks.layers
+    assert alone.ranks.predicted_rise == pytest.approx(variant.ranks.predicted_rise, rel=1e-4)
+
+
+def run_windows(step):
+    return step.variant.layers[0].gradients[0].windows
 
 
 def test_schedules_that_measure_and_methods_by_layer_run_to_scores(measured):

@@ -196,39 +196,48 @@ class Heard(Listener):
 
 
 def begun(decomposed, store, listener):
-    """A run's work with its first evaluation in two shares: the shares, what joins them, and the work."""
-    _, (baseline, *_) = decomposed
-    work = Work([], {}, store, Cluster(), listener)
-    first, second, join = work.replicas.spread([[baseline]], 2, {"CPU": 2})
-    work.left.update(step.model for step in (first, second, join))
-    work.waiting.add_first(Batch((join,)), {})
-    return baseline, first, second, join, work
+    """A run's work with its only evaluation in two shares: the evaluation, its shares, and the work."""
+    _, (whole, *_) = decomposed
+    done = {step.key: Outcome.done(step, store, "cached") for step in whole.input_steps()}
+    work = Work([whole], done, store, Cluster(), listener)
+    (batch,) = work.waiting.take(list(work.waiting.ready))
+    first, second, join = work.replicas.spread([batch.steps], 2, {"CPU": 2})
+    work.waiting.add(Batch((join,)), work.outcomes)
+    return whole, first, second, work
+
+
+def ran(step, work):
+    """What a worker tells of a step reaches the work."""
+    for told in run_group([step], work.store):
+        work.record(told)
 
 
 def test_what_is_told_of_shares_is_told_of_the_evaluation(decomposed, work):
     told = Heard()
-    whole, first, second, join, running = begun(decomposed, work, told)
-    for step in (first, second, join):
-        for each in run_group([step], work):
-            running.record(each)
+    whole, first, second, running = begun(decomposed, work, told)
+    ran(second, running)
+    assert not running.waiting.ready
+    ran(first, running)
+    (batch,) = running.waiting.take(list(running.waiting.ready))
+    running.run_here(batch.steps)
     assert told.heard == [
         ("start", whole.key),
         ("advance", whole.key, 1, 2),
         ("advance", whole.key, 2, 2),
         ("record", whole.key, "evaluate", "ran", None),
     ]
+    assert not running.waiting
+    assert running.outcomes[whole.key].name == "evaluate"
 
 
 def test_a_share_that_fails_is_the_failure_of_the_evaluation_and_its_trace_is_found(decomposed, work):
     watch = Watch("shared")
-    whole, first, second, _, running = begun(decomposed, work, watch)
+    whole, first, second, running = begun(decomposed, work, watch)
     watch.plan([whole])
-    for each in run_group([first], work):
-        running.record(each)
-    shutil.rmtree(work.steps / whole.windows[0].key)
+    ran(first, running)
     assert watch.status().models["tiny"].stages["evaluate"].running == 1
-    for each in run_group([second], work):
-        running.record(each)
+    shutil.rmtree(work.steps / whole.windows[0].key)
+    ran(second, running)
     assert not running.waiting
     (failure,) = watch.status().failures
     assert (failure.key, failure.step, failure.host) == (whole.key, "evaluate", running.outcomes[second.key].cost.host)
@@ -236,19 +245,6 @@ def test_a_share_that_fails_is_the_failure_of_the_evaluation_and_its_trace_is_fo
     assert running.outcomes[whole.key].status == "failed"
     assert work.is_done(first)
     assert not work.is_done(whole)
-
-
-def test_a_share_whose_variant_failed_is_skipped(decomposed, work):
-    _, (_, variant, _) = decomposed
-    running = Work([], {}, work, Cluster(), Listener())
-    steps = running.replicas.spread([[variant]], 2, {"CPU": 2})
-    running.left.update(step.model for step in steps)
-    for batch in batches_of(steps):
-        running.waiting.add_first(batch, {})
-    for needed in variant.input_steps():
-        running.record(Outcome.failed(needed, "broken"))
-    assert not running.waiting
-    assert (running.outcomes[variant.key].status, running.outcomes[variant.key].error) == ("skipped", "broken")
 
 
 def test_what_is_no_share_is_told_as_it_is(decomposed):

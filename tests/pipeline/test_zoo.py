@@ -152,7 +152,7 @@ def set_at(content, path, value):
         (
             ["variants", 0, "method"],
             {"name": "x", "preset": "lorc", "values": {"reader": "all"}},
-            r"values\.reader: Input should be 'none', 'stacked' or 'interaction'",
+            r"values\.reader: Input should be 'none', 'stacked', 'interaction' or 'gradient'",
         ),
         (
             ["variants", 0, "method"],
@@ -343,7 +343,7 @@ def test_all_that_is_wrong_is_told_at_once(content, load, tmp_path):
         "variants.2.method: unknown field 'blok'",
         "keys allows statistics, reader, block, space, gqa, mean",
         "keys.block: Input should be a valid string",
-        "values.reader: Input should be 'none', 'stacked' or 'interaction'",
+        "values.reader: Input should be 'none', 'stacked', 'interaction' or 'gradient'",
     ]
     assert lines[-3:] == [
         "variants: kq_svd measures on text, but there is no calibration",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from lorc_core.decomposition.factors import Decomposition, LayerDecomposition
-from lorc_core.methods import Method, Reader
+from lorc_core.methods import BALANCED_READERS, Method, Reader
 from lorc_core.model.kinds import KeysValues, by_layer, layer_kinds
 
 Bases = list[KeysValues[Float[Tensor, "b w w"]]]  # of the latents of each layer: one orthogonal matrix per block
@@ -48,9 +48,10 @@ def in_basis(decomposition: Decomposition, basis: Float[Tensor, "b w w"]) -> Dec
 def change_basis(decomposition: Decomposition, basis: Float[Tensor, "b w w"], reader: Reader) -> Decomposition:
     """`in_basis`, with what each new direction saves of the error that the start's method minimises.
 
-    With `interaction`, latents and what reads them have the same second moment, S = diag(sqrt(energies)); in the basis
-    it is G = Q^T S Q, and what is cut past rank K costs the sum of G_ij^2 over i, j > K. With the other readers latents
-    have the moment E = diag(energies), of which the cut costs the sum of (Q^T E Q)_ii over i > K.
+    With `interaction` and `gradient`, latents and what reads them have the same second moment, S =
+    diag(sqrt(energies)); in the basis it is G = Q^T S Q, and what is cut past rank K costs the sum of G_ij^2 over
+    i, j > K. With the other readers latents have the moment E = diag(energies), of which the cut costs the sum of
+    (Q^T E Q)_ii over i > K.
 
     Args:
         decomposition: The start, of real blocks.
@@ -63,7 +64,7 @@ def change_basis(decomposition: Decomposition, basis: Float[Tensor, "b w w"], re
     basis = basis.to(decomposition.up.device)
     exact = basis.double()
     energies = decomposition.read_energies.double()
-    if reader == "interaction":
+    if reader in BALANCED_READERS:
         squares = (exact.mT * energies.sqrt()[:, None, :] @ exact).square()  # G_ij^2
         # sums over i, j >= K of each K, by cumulative sums from the last row and column; a direction saves what the
         # sum loses from K to K + 1

@@ -20,6 +20,7 @@ from lorc_core.caches.memory import planned_factor_floats
 from lorc_core.compression import LoadedWeights, decompose_layer
 from lorc_core.decomposition.factors import slice_layer
 from lorc_core.measurement.calibration import calibrate
+from lorc_core.measurement.gradients import gradient_moments
 from lorc_core.methods import METHODS, Axes, Method
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.kinds import KINDS
@@ -161,7 +162,9 @@ def test_preset_saved_and_loaded_gives_the_same_logits_bitwise(method, name, tmp
 
 
 def decomposed(model, method):
-    calibrated = calibrate(model, [tokens(model, rows=8, columns=24, seed=5)])
+    text = [tokens(model, rows=8, columns=24, seed=5)]
+    pairs = zip(calibrate(model, text), gradient_moments(model, text), strict=True)
+    calibrated = [layer.beside(of_loss) for layer, of_loss in pairs]
     architecture = architecture_of(model.config)
     layers = [
         decompose_layer(LoadedWeights(model), architecture, idx, method, calibrated[idx])

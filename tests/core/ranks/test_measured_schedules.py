@@ -267,7 +267,7 @@ def test_fit_bytes_is_the_largest_member_of_the_schedule_within_the_budget(pairs
 
 
 def test_ranks_survive_json():
-    ranks = RankSchedule((LayerRanks((1, 0, 3), (4,)), LayerRanks((2, 2, 2), (0, 7))), 8, "a note")
+    ranks = RankSchedule((LayerRanks((1, 0, 3), (4,)), LayerRanks((2, 2, 2), (0, 7))), 8, "a note", predicted_rise=0.25)
     assert RankSchedule.from_dict(json.loads(json.dumps(asdict(ranks)))) == ranks
     assert ranks.floats_per_token == 21
     assert ranks.kept_fraction == 21 / 32

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.model.blocks import Partition
+from lorc_core.ranks.prediction import predicted_rise
 from lorc_core.ranks.progressive import Progressive, cumulative_log10_condition
-from lorc_core.ranks.schedules import Energy, Uniform, known_schedule, schedule_from_dict
-from lorc_core.ranks.spectra import KindSpectrum, LayerRanks, LayerSpectrum
+from lorc_core.ranks.schedules import Energy, Uniform, WaterLevel, known_schedule, schedule_from_dict
+from lorc_core.ranks.spectra import KindSpectrum, LayerRanks, LayerSpectrum, RankSchedule
 from lorc_core.ranks.staircase import Staircase
 from tests.spectra import BLOCKS, block_spectra, check_meets_target, joint, spectra
 
@@ -188,6 +189,32 @@ def test_energy_keeps_the_directions_above_one_water_level(energies, kept):
     assert not kept_shares or not dropped_shares or min(kept_shares) >= max(dropped_shares) - 1e-12
 
 
+@given(st.lists(st.tuples(falling, falling), min_size=1, max_size=5), st.floats(0.1, 1))
+@settings(deadline=None)
+def test_water_level_cuts_the_least_energy_that_any_ranks_of_that_size_cut(energies, kept):
+    """Of all directions but the first of each, which every layer and kind keeps, the largest are kept."""
+    layers = energy_spectra(*energies)
+    found = WaterLevel().ranks(layers, kept)
+    later = sorted(value for pair in energies for spectrum in pair for value in spectrum[1:])
+    num_cut = found.full_floats_per_token - found.floats_per_token
+    assert predicted_rise(layers, found) == pytest.approx(sum(later[:num_cut]) / 2, rel=1e-9)
+
+
+def test_water_level_is_absolute_where_energy_takes_shares():
+    """The control: a layer of a thousandth of the energy loses its directions first, though its shares are the same."""
+    steep = [2.0**-i for i in range(16)]
+    layers = energy_spectra((steep, steep), ([value / 1024 for value in steep],) * 2)
+    assert [layer.floats("keys") for layer in WaterLevel().ranks(layers, 0.5).layers] == [13, 3]
+    assert [layer.floats("keys") for layer in Energy().ranks(layers, 0.5).layers] == [8, 8]
+
+
+def test_predicted_rise_counts_every_block():
+    partition = Partition("head", 2, 4)
+    kind = KindSpectrum(partition, 0.0, read=((8.0, 4.0, 2.0, 1.0), (6.0, 0.5, 0.25, 0.0)))
+    ranks = RankSchedule((LayerRanks((1, 2), (4, 0)),), 8)
+    assert predicted_rise([LayerSpectrum(kind, kind)], ranks) == (7.0 + 0.25 + 6.75) / 2
+
+
 def test_energy_gives_a_flat_spectrum_more_than_a_steep_one():
     steep, flat = [4.0**-i for i in range(16)], [1.0] * 16
     (layer,) = Energy().ranks(energy_spectra((steep, flat)), 0.5).layers
@@ -211,7 +238,7 @@ def test_energy_gives_a_weight_of_zeros_the_least():
 
 @given(
     blocks=st.lists(st.tuples(st.sampled_from(BLOCKS), st.sampled_from(BLOCKS[:3])), min_size=1, max_size=4),
-    schedule=st.sampled_from([Uniform, Progressive, Energy]),
+    schedule=st.sampled_from([Uniform, Progressive, Energy, WaterLevel]),
     kept=st.floats(0.02, 1),
     multiple=st.sampled_from([1, 3, 4]),
     skip=st.booleans(),
