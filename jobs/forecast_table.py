@@ -18,7 +18,7 @@ COLUMNS = (
 
 def forecast_table(forecast: Forecast) -> FittedTable:
     """A row for each model, in the order in which they end; those that cannot be run last, with the reason."""
-    title = "simulated run, from nothing done; weights of an evaluated model as GPUs x GiB"
+    title = "simulated run, from nothing done; GPUs x GiB that the fullest holds"
     table = FittedTable("model", COLUMNS, title)
     for model in sorted(forecast.models, key=lambda model: model.ended):
         table.add_row(
