@@ -129,7 +129,7 @@ def test_identities_are_those_of_finished_work_directories(tmp_path):
     steps = model_steps(zoo, resolve(zoo.models[0], Store(tmp_path)), "sqlite://")
     assert steps.windows[0].key == "windows-5cb2f693831a727baaff"
     assert steps.decompose["lorc"][0].key == "decompose-8a0fcceb944fe0bea0e8"
-    assert steps.variants[0].schedule.key == "schedule-54dcf34ab9d5461c2b31"
+    assert steps.variants[0].schedule.key == "schedule-58fc79e44a0be6dd6126"
 
 
 def test_distinct_orders_inputs_first_and_keeps_each_once():
