@@ -140,7 +140,9 @@ class Method:
         name: In zoo files and tables.
         keys: Axes of the keys.
         values: Axes of the values; without rotation, so always `pre_rope`, and never by `frequency`.
-        schedule: Its source's or, for methods of lorc's own, the best measured (docs/quality.md).
+        schedule: Its source's or, for methods of lorc's own, the best measured (docs/quality.md). `uniform` for
+            `kq_svd` and `phasor_freq`: shares of energy, as both sources take them, move with a constant in all keys
+            (docs/papers.md).
         source: Where it was published, and how far this is that.
         layers: Other methods for single layers, by layer.
         training: How its factors are trained; None where they are not.
@@ -303,7 +305,7 @@ METHODS = {
         Method(
             "kq_svd",
             *both(replace(PER_HEAD, reader="interaction"), space="post_rope"),
-            schedule=Energy(),
+            schedule=Uniform(),
             source="KQ-SVD, arXiv 2512.05916: the best projection of K Q^T and of V W_o, per kv head",
         ),
         Method(
@@ -329,7 +331,7 @@ METHODS = {
             "phasor_freq",
             keys=Axes("calibration", "interaction", "frequency", "post_rope"),
             values=Axes("calibration", "interaction"),
-            schedule=Energy(),
+            schedule=Uniform(),
             source="PhasorKV's freq layout: one complex block per rotary frequency; values joint",
         ),
         Method(

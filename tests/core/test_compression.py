@@ -118,6 +118,36 @@ def test_every_schedule_ranks_every_kind_of_block_on_what_it_measures(schedule, 
         assert torch.isfinite(one_pass(model, tokens(model))).all()
 
 
+def shifted_keys(name, length):
+    """The model with a constant of this length in every kv head added to all of its keys, before the rotation."""
+    model = tiny_model(name)
+    architecture = architecture_of(model.config)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            constant = torch.randn(architecture.num_kv_heads, architecture.head_dim, generator=generator)
+            layer.self_attn.k_proj.bias += (length * constant / constant.norm(dim=1, keepdim=True)).flatten()
+    return model
+
+
+@pytest.mark.parametrize("method", ["kq_svd", "phasor_freq"])
+def test_own_ranks_of_methods_after_the_rotation_do_not_move_with_a_constant_in_all_keys(method):
+    """Its energy turns with the rotation and is no mean, so that shares of it take ranks from all that differs.
+
+    The control: the water level of `energy` takes more than a rank step from the keys of some layer.
+    """
+
+    def floats(length, schedule=None):
+        model = shifted_keys("qwen2", length)
+        ids = tokens(model, rows=8, columns=64)
+        ranks = lorc_core.compress(model, method, 0.5, schedule, calibration=ids).ranks
+        return torch.tensor([[layer.floats(kind) for kind in KINDS] for layer in ranks.layers])
+
+    step = 2  # floats of a rank step: one for each of two heads, or one complex latent
+    assert (floats(30.0) - floats(0.0)).abs().max() <= step
+    assert (floats(30.0, "energy") - floats(0.0, "energy")).abs().max() > 2 * step
+
+
 @pytest.mark.parametrize(
     "schedule", [Fisher(skip_layers=(1,)), ErrorBudget(skip_layers=(1,)), Sensitivity(skip_layers=(1,), num_rounds=1)]
 )
