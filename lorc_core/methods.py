@@ -63,6 +63,10 @@ class Axes:
         """Whether the cached states of a layer are rotated ones."""
         return self.space == "post_rope" and architecture.layer_rotary(layer_idx) is not None
 
+    def measured_rotated(self, architecture: Architecture, layer_idx: int) -> bool:
+        """Whether the moments of keys are those after the rotation; complex blocks commute with it and need none."""
+        return self.rotated(architecture, layer_idx) and self.block != "frequency"
+
     @property
     def joins_rotated_heads(self) -> bool:
         """Whether blocks span heads whose states are measured rotated; calibration is dearer then."""

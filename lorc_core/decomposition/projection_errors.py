@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorc_core.decomposition.bounds import least_read_errors, projection_bound, read_error
 from lorc_core.decomposition.factors import Factors
+from lorc_core.decomposition.rotation_scale import as_scored, channel_scales
 from lorc_core.decomposition.second_moments import LayerMoments, over_all_heads
 from lorc_core.decomposition.weight_moments import output_moment
 from lorc_core.model.architecture import Architecture
@@ -75,7 +76,9 @@ def projection_errors(
     # complex blocks commute with the rotation, so theirs are measured before it, where keys are linear in the input
     rotated = factors.rotated and not factors.partition.is_complex
     linear = not rotated and not (place.kind == "keys" and architecture.qk_norm)
-    bound = _bound(source, architecture, place, exact, rest, calibrated) if linear else None
+    scales = channel_scales(architecture, place.layer_idx)
+    lost = rest * scales if factors.rotated else rest  # R D: keys are scaled before they are projected
+    bound = _bound(source, architecture, place, exact, lost, calibrated) if linear else None
     if calibrated is None:
         return ProjectionErrors(bound, None, None, None)
     prefix = "rotated_" if rotated else ""
@@ -85,6 +88,8 @@ def projection_errors(
     else:
         queries = calibrated.moments[prefix + "queries"].total / calibrated.num_tokens
         readers = torch.block_diag(*queries)
+        if not rotated:
+            states, readers = as_scored(states, readers, scales, rotated=factors.rotated)
     return ProjectionErrors(
         bound=bound,
         error=read_error(states, identity, rest).clamp(min=0).sqrt().item(),
@@ -101,7 +106,7 @@ def _bound(
     rest: Float[Tensor, "n n"],
     calibrated: LayerMoments | None,
 ) -> float:
-    """Root mean square of what is lost, at most: of W x, and of the constant."""
+    """Root mean square of what is lost, at most: of W x, and of the constant; `rest` is R, or R D."""
     weight = read_weight(source, architecture, place.layer_idx, PROJECTION_OF[place.kind])
     bound = projection_bound(weight, rest)
     if calibrated is not None:

@@ -43,7 +43,7 @@ class DecomposeStep(FileStep):
     """One layer's full-rank nested factors and spectra, from its weights and what calibration measured of it."""
 
     name = "decompose"
-    revision = 8
+    revision = 9
 
     axes: Recipe[KeysValues[Axes]]
     layer_idx: Recipe[int]

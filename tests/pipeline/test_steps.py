@@ -128,8 +128,8 @@ def test_identities_are_those_of_finished_work_directories(tmp_path):
     zoo = load_zoo(REPOSITORY / "examples" / "demo.yaml")
     steps = model_steps(zoo, resolve(zoo.models[0], Store(tmp_path)), "sqlite://")
     assert steps.windows[0].key == "windows-5cb2f693831a727baaff"
-    assert steps.decompose["lorc"][0].key == "decompose-8a0fcceb944fe0bea0e8"
-    assert steps.variants[0].schedule.key == "schedule-58fc79e44a0be6dd6126"
+    assert steps.decompose["lorc"][0].key == "decompose-3cc865745de10f9e190c"
+    assert steps.variants[0].schedule.key == "schedule-ed728746fdd155e731db"
 
 
 def test_distinct_orders_inputs_first_and_keeps_each_once():
