@@ -31,9 +31,10 @@ class ProjectionErrors:
             rotation unless their projection commutes with it: they are no linear map of the input.
         error: Measured length of what the cache loses of the states.
         read_error: Measured root of tr(M R C R^T). Of keys: the error of the products q . k, before their scale and
-            the softmax, squares summed over the query heads and averaged over all pairs of tokens. Of values: the
-            error of what the heads add to the attention's output where one token has all the weight, squares summed
-            over the heads.
+            the softmax, squares summed over the query heads and averaged over all pairs of tokens, whichever is the
+            earlier; keys from before the rotation as if read from their own position. It is not the error of the
+            logits. Of values: the error of what the heads add to the attention's output where one token has all the
+            weight, squares summed over the heads.
         least_read_error: The least `read_error` that a projection with as many floats, in the same blocks, can have.
             None for complex blocks, where it is not known.
     """
