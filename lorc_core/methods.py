@@ -63,6 +63,11 @@ class Axes:
         """Whether the cached states of a layer are rotated ones."""
         return self.space == "post_rope" and architecture.layer_rotary(layer_idx) is not None
 
+    @property
+    def measures_rotated(self) -> bool:
+        """Whether keys are measured on text after the rotation, so at the positions of its windows alone."""
+        return (self.statistics, self.space) == ("calibration", "post_rope") and self.block != "frequency"
+
     def measured_rotated(self, architecture: Architecture, layer_idx: int) -> bool:
         """Whether the moments of keys are those after the rotation; complex blocks commute with it and need none."""
         return self.rotated(architecture, layer_idx) and self.block != "frequency"
@@ -70,7 +75,7 @@ class Axes:
     @property
     def joins_rotated_heads(self) -> bool:
         """Whether blocks span heads whose states are measured rotated; calibration is dearer then."""
-        return (self.statistics, self.space) == ("calibration", "post_rope") and self.block not in ("head", "frequency")
+        return self.measures_rotated and self.block != "head"
 
     def has_mean(self, architecture: Architecture, layer_idx: int, kind: Kind) -> bool:
         """Whether the mean of the states is kept beside the factors.
@@ -196,6 +201,11 @@ class Method:
     def joins_rotated_heads(self) -> bool:
         """See `Axes.joins_rotated_heads`; of any layer."""
         return any(method.keys.joins_rotated_heads for method in self.methods)
+
+    @property
+    def measures_rotated(self) -> bool:
+        """See `Axes.measures_rotated`; of any layer."""
+        return any(method.keys.measures_rotated for method in self.methods)
 
     @property
     def needs_calibration(self) -> bool:

@@ -88,9 +88,10 @@ def _moments_of_weights(source: WeightSource, architecture: Architecture, place:
     states = gram(with_constant(weight, mean))
     if not rotated or axes.block == "frequency":  # complex blocks are the same at all positions
         return Moments(*as_scored(states, readers, scales, rotated=rotated), None)
-    return Moments(
-        position_average(states, architecture, layer_idx), position_average(readers, architecture, layer_idx), None
+    states, readers = (
+        position_average(moment, architecture, layer_idx, architecture.max_tokens) for moment in (states, readers)
     )
+    return Moments(states, readers, None)
 
 
 def _moments_of_text(

@@ -1,5 +1,6 @@
 """Everything that `compress` measures with the whole model on calibration text."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -11,7 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorc_core.attention.adapters import AdapterTensors
 from lorc_core.decomposition.factors import LayerDecomposition
+from lorc_core.decomposition.position_average import over_positions
 from lorc_core.decomposition.second_moments import LayerMoments
+from lorc_core.errors import ConfigError
 from lorc_core.measurement.calibration import batches, calibrate
 from lorc_core.measurement.calibration_text import Calibration, calibration_text
 from lorc_core.measurement.exchange import exchanged_ranks, max_exchange_passes
@@ -80,11 +83,37 @@ class CalibratedModel:
             finally:
                 counter.remove()
 
-    def moments(self, method: Method) -> tuple[LayerMoments, ...]:
-        """See `calibrate`."""
+    def moments(self, method: Method, context_tokens: int | None) -> tuple[LayerMoments, ...]:
+        """See `calibrate`; keys after the rotation are averaged over positions where the windows do not span them.
+
+        Args:
+            method: What is measured for.
+            context_tokens: Positions that will be used; the model's longest input if absent, and then a warning says
+                so, since an average over positions that are not used costs.
+
+        Raises:
+            ConfigError: The model does not read so many tokens, or there are too few for the method.
+        """
+        longest, window = self.architecture.max_tokens, self.sequences.shape[1]
+        if context_tokens is not None and not 1 <= context_tokens <= longest:
+            raise ConfigError(
+                f"context_tokens must be in 1..{longest}, the model's longest input, got {context_tokens}"
+            )
         method.check_enough_tokens(self.architecture, self.sequences.numel())
         with self.progress("calibrating", len(self.batches)):
-            return calibrate(self.model, self.batches, join_rotated_heads=method.joins_rotated_heads)
+            measured = calibrate(self.model, self.batches, join_rotated_heads=method.joins_rotated_heads)
+        context = longest if context_tokens is None else context_tokens
+        if window >= context or not (method.measures_rotated and self.architecture.rotary):
+            return measured
+        if context_tokens is None:
+            warnings.warn(
+                f"method {method.name}: rotated keys are calibrated on windows of {window} tokens and averaged over "
+                f"{context} positions, the model's longest input; pass context_tokens, or longer windows",
+                stacklevel=3,
+            )
+        return tuple(
+            over_positions(layer, self.architecture, layer_idx, context) for layer_idx, layer in enumerate(measured)
+        )
 
     def trained(
         self, method: Method, layers: list[LayerDecomposition]

@@ -58,9 +58,14 @@ class ModelSteps:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The pinned calibration texts of one model and the steps that measure its moments on them, one per shard."""
+    """The pinned calibration texts of one model and the steps that measure its moments on them, one per shard.
+
+    Attributes:
+        context_tokens: Of the windows that are evaluated, where those here are shorter; else None.
+    """
 
     settings: Calibration
+    context_tokens: int | None
     windows: tuple[WindowsStep, ...]
     shards: tuple[CalibrateStep, ...]
 
@@ -116,7 +121,8 @@ def calibrated_steps(zoo: Zoo, model: ResolvedModel) -> Calibrated | None:
         )
         for shard in range(settings.shards)
     )
-    return Calibrated(settings, windows, shards)
+    evaluated = zoo.evaluation.window_tokens
+    return Calibrated(settings, evaluated if evaluated > settings.window_tokens else None, windows, shards)
 
 
 def loading(model: ResolvedModel) -> ModelLoad:
@@ -170,6 +176,7 @@ def decompose_step(
         need=Need(num_cpus=1, memory_bytes=DECOMPOSE_COPIES * 8 * floats),
         axes=KeysValues(method.keys, method.values),
         layer_idx=layer_idx,
+        context_tokens=calibrated.context_tokens if calibrated and method.keys.measures_rotated else None,
         content=model.content,
         location=model.location,
         architecture=architecture,

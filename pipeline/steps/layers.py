@@ -47,6 +47,7 @@ class DecomposeStep(FileStep):
 
     axes: Recipe[KeysValues[Axes]]
     layer_idx: Recipe[int]
+    context_tokens: Recipe[int | None]  # over which keys after the rotation are averaged; None where windows span them
     content: Pin[str]
     location: Place[ModelLocation]
     architecture: Place[Architecture]
@@ -59,9 +60,12 @@ class DecomposeStep(FileStep):
 
     def run(self, output: Path, store: Store) -> None:
         from lorc_core.compression import decompose_kind
+        from lorc_core.decomposition.position_average import over_positions
 
         source = layer_source(self.location, self.content, self.layer_idx)
         moments = load_moments(store.paths(self.calibrated, moments_file(self.layer_idx)), self.layer_idx)
+        if self.context_tokens is not None and moments is not None:
+            moments = over_positions(moments, self.architecture, self.layer_idx, self.context_tokens)
         layer = KeysValues.of(
             lambda kind: decompose_kind(
                 source, self.architecture, LayerKind(self.layer_idx, kind), self.axes[kind], moments
