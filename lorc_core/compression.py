@@ -162,6 +162,7 @@ def compress(
     *,
     calibration: Int[Tensor, "sequences tokens"] | Sequence[Sequence[int]] | Sequence[str] | Path | str | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
+    context_tokens: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Variant:
     """Compress a model's key-value cache; its weights are never changed, nor its modules' training modes.
@@ -177,6 +178,8 @@ def compress(
         calibration: For methods and schedules that measure: token ids (sequences, tokens), the path of a text file,
             or a list of texts.
         calibration_tokens: How many tokens of a text are used, those at its beginning; token ids are used whole.
+        context_tokens: Of the longest text that the cache will hold; the model's longest input if absent. Keys after
+            the rotation that are calibrated on shorter windows are averaged over so many positions.
         dtype: That of the stored factors; `attach` casts them to the model's.
 
     Raises:
@@ -218,7 +221,9 @@ def compress(
             )
 
             on_text = stack.enter_context(CalibratedModel(opened.loaded, calibration, calibration_tokens))
-        calibrated = on_text.moments(chosen_method) if on_text and chosen_method.needs_calibration else None
+        calibrated = (
+            on_text.moments(chosen_method, context_tokens) if on_text and chosen_method.needs_calibration else None
+        )
         layers = decompose_layers(opened, chosen_method, calibrated)
         layers, adapters = on_text.trained(chosen_method, layers) if on_text else (layers, {})
         spectra = [layer_spectrum(layer) for layer in layers]

@@ -80,9 +80,18 @@ class Axes:
         return self.reader in BALANCED_READERS
 
     @property
+    def measures_rotated(self) -> bool:
+        """Whether keys are measured on text after the rotation, so at the positions of its windows alone."""
+        return (self.statistics, self.space) == ("calibration", "post_rope") and self.block != "frequency"
+
+    def measured_rotated(self, architecture: Architecture, layer_idx: int) -> bool:
+        """Whether the moments of keys are those after the rotation; complex blocks commute with it and need none."""
+        return self.rotated(architecture, layer_idx) and self.block != "frequency"
+
+    @property
     def joins_rotated_heads(self) -> bool:
         """Whether blocks span heads whose states are measured rotated; calibration is dearer then."""
-        return (self.statistics, self.space) == ("calibration", "post_rope") and self.block not in ("head", "frequency")
+        return self.measures_rotated and self.block != "head"
 
     def has_mean(self, architecture: Architecture, layer_idx: int, kind: Kind) -> bool:
         """Whether the mean of the states is kept beside the factors.
@@ -156,7 +165,9 @@ class Method:
         name: In zoo files and tables.
         keys: Axes of the keys.
         values: Axes of the values; without rotation, so always `pre_rope`, and never by `frequency`.
-        schedule: Its source's or, for methods of lorc's own, the best measured (docs/quality.md).
+        schedule: Its source's or, for methods of lorc's own, the best measured (docs/quality.md). `uniform` for
+            `kq_svd` and `phasor_freq`: shares of energy, as both sources take them, move with a constant in all keys
+            (docs/papers.md).
         source: Where it was published, and how far this is that.
         layers: Other methods for single layers, by layer.
         training: How its factors are trained; None where they are not.
@@ -206,6 +217,11 @@ class Method:
     def joins_rotated_heads(self) -> bool:
         """See `Axes.joins_rotated_heads`; of any layer."""
         return any(method.keys.joins_rotated_heads for method in self.methods)
+
+    @property
+    def measures_rotated(self) -> bool:
+        """See `Axes.measures_rotated`; of any layer."""
+        return any(method.keys.measures_rotated for method in self.methods)
 
     @property
     def needs_calibration(self) -> bool:
@@ -336,7 +352,7 @@ METHODS = {
         Method(
             "kq_svd",
             *both(replace(PER_HEAD, reader="interaction"), space="post_rope"),
-            schedule=Energy(),
+            schedule=Uniform(),
             source="KQ-SVD, arXiv 2512.05916: the best projection of K Q^T and of V W_o, per kv head",
         ),
         Method(
@@ -362,7 +378,7 @@ METHODS = {
             "phasor_freq",
             keys=Axes("calibration", "interaction", "frequency", "post_rope"),
             values=Axes("calibration", "interaction"),
-            schedule=Energy(),
+            schedule=Uniform(),
             source="PhasorKV's freq layout: one complex block per rotary frequency; values joint",
         ),
         Method(

@@ -46,11 +46,23 @@ def full_floats_per_token(architecture: Architecture) -> int:
 
 def planned_factor_floats(schedule: RankSchedule, method: Method, architecture: Architecture) -> int:
     """Floats of the factors, and adapters, that a variant will hold beside its base; a full rank has no factors."""
+    return least_factor_floats(schedule, schedule, method, architecture)
+
+
+def least_factor_floats(low: RankSchedule, high: RankSchedule, method: Method, architecture: Architecture) -> int:
+    """The least that `planned_factor_floats` can be of any ranks between two.
+
+    Args:
+        low: No rank is smaller.
+        high: No rank is larger. What is at full width here may have no factors.
+        method: Whose factors they are.
+        architecture: Of the model.
+    """
     total = adapter_floats(method, architecture)
     for place in layer_kinds(architecture.num_layers):
-        rank = schedule.layers[place.layer_idx].floats(place.kind)
-        if rank < schedule.kv_width:
-            total += rank * floats_per_rank(method, architecture, place) + mean_floats(method, architecture, place)
+        least, most = (ranks.layers[place.layer_idx].floats(place.kind) for ranks in (low, high))
+        if most < high.kv_width:
+            total += least * floats_per_rank(method, architecture, place) + mean_floats(method, architecture, place)
     return total
 
 

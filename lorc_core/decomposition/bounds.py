@@ -41,7 +41,10 @@ def read_error(
 ) -> Float[Tensor, ""]:
     """Mean squared error of what is read through a projection: tr(M R C R^T).
 
-    With C = K^T K and M = Q^T Q it is ||K P^T Q^T - K Q^T||_F^2. Where it should be zero, rounding leaves about 1e-16
+    With C = K^T K and M = Q^T Q it is ||K P^T Q^T - K Q^T||_F^2: the squared error of the products q . k, summed over
+    all pairs of a query and a key. That is not the error of the logits, which have a scale, a mask and, for keys from
+    before the rotation, an angle between the two; nor of the softmax, which does not feel what all keys lose alike.
+    Where it should be zero, rounding leaves about 1e-16
     of tr(M) tr(C), of either sign.
 
     Args:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorc_core.decomposition.position_average import position_average
+from lorc_core.decomposition.rotation_scale import as_scored, channel_scales
 from lorc_core.decomposition.second_moments import LayerMoments, over_all_heads
 from lorc_core.decomposition.symmetric import gram
 from lorc_core.decomposition.weight_moments import (
@@ -32,7 +33,8 @@ class Moments:
 
     Attributes:
         states: C = E[(s - m)(s - m)^T] of the states s to cache.
-        readers: M, the second moment of what reads them, block-diagonal over kv heads unless it is the loss's.
+        readers: M, the second moment of what reads them, block-diagonal over kv heads unless it is the loss's. Of keys,
+            what the rotation multiplies channels by is in it: reader and state give the product that is scored.
         mean: m, the constant known for the states; None for zero.
     """
 
@@ -82,16 +84,17 @@ def _moments_of_weights(source: WeightSource, architecture: Architecture, place:
         return Moments(gram(weight), output_moment(source, architecture, layer_idx, axes.gqa), mean)
     readers = query_moment(source, architecture, layer_idx, axes.gqa, gain=gain)
     rotated = axes.rotated(architecture, layer_idx)
+    scales = channel_scales(architecture, layer_idx)
     if not rotated and not architecture.qk_norm:
-        return Moments(gram(weight), readers, mean)
+        return Moments(*as_scored(gram(weight), readers, scales, rotated=False), mean)
     # Behind a norm or the rotation the bias is no constant, so it counts as a part of the states.
-    keys = with_constant(weight, mean)
-    states = gram(keys)
+    states = gram(with_constant(weight, mean))
     if not rotated or axes.block == "frequency":  # complex blocks are the same at all positions
-        return Moments(states, readers, None)
-    return Moments(
-        position_average(states, architecture, layer_idx), position_average(readers, architecture, layer_idx), None
+        return Moments(*as_scored(states, readers, scales, rotated=rotated), None)
+    states, readers = (
+        position_average(moment, architecture, layer_idx, architecture.max_tokens) for moment in (states, readers)
     )
+    return Moments(states, readers, None)
 
 
 def _moments_of_text(
@@ -114,4 +117,8 @@ def _moments_of_text(
         return Moments(states, output_moment(source, architecture, layer_idx, axes.gqa), mean)
     queries = calibrated.in_space("queries" if axes.gqa == "stack" else "summed", axes)
     # over the tokens of the text: stacked query heads count as so many more, and add up
-    return Moments(states, torch.block_diag(*(queries.total / measured.num_tokens)), mean)
+    readers = torch.block_diag(*(queries.total / measured.num_tokens))
+    if axes.measured_rotated(architecture, layer_idx):
+        return Moments(states, readers, mean)
+    scales = channel_scales(architecture, layer_idx)
+    return Moments(*as_scored(states, readers, scales, rotated=axes.rotated(architecture, layer_idx)), mean)

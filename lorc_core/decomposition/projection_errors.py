@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorc_core.decomposition.bounds import least_read_errors, projection_bound, read_error
 from lorc_core.decomposition.factors import Factors
+from lorc_core.decomposition.rotation_scale import as_scored, channel_scales
 from lorc_core.decomposition.second_moments import LayerMoments, over_all_heads
 from lorc_core.decomposition.weight_moments import output_moment
 from lorc_core.model.architecture import Architecture
@@ -30,9 +31,10 @@ class ProjectionErrors:
             rotation unless their projection commutes with it: they are no linear map of the input.
         error: Measured length of what the cache loses of the states.
         read_error: Measured root of tr(M R C R^T). Of keys: the error of the products q . k, before their scale and
-            the softmax, squares summed over the query heads and averaged over all pairs of tokens. Of values: the
-            error of what the heads add to the attention's output where one token has all the weight, squares summed
-            over the heads.
+            the softmax, squares summed over the query heads and averaged over all pairs of tokens, whichever is the
+            earlier; keys from before the rotation as if read from their own position. It is not the error of the
+            logits. Of values: the error of what the heads add to the attention's output where one token has all the
+            weight, squares summed over the heads.
         least_read_error: The least `read_error` that a projection with as many floats, in the same blocks, can have.
             None for complex blocks, where it is not known.
     """
@@ -75,7 +77,9 @@ def projection_errors(
     # complex blocks commute with the rotation, so theirs are measured before it, where keys are linear in the input
     rotated = factors.rotated and not factors.partition.is_complex
     linear = not rotated and not (place.kind == "keys" and architecture.qk_norm)
-    bound = _bound(source, architecture, place, exact, rest, calibrated) if linear else None
+    scales = channel_scales(architecture, place.layer_idx)
+    lost = rest * scales if factors.rotated else rest  # R D: keys are scaled before they are projected
+    bound = _bound(source, architecture, place, exact, lost, calibrated) if linear else None
     if calibrated is None:
         return ProjectionErrors(bound, None, None, None)
     prefix = "rotated_" if rotated else ""
@@ -85,6 +89,8 @@ def projection_errors(
     else:
         queries = calibrated.moments[prefix + "queries"].total / calibrated.num_tokens
         readers = torch.block_diag(*queries)
+        if not rotated:
+            states, readers = as_scored(states, readers, scales, rotated=factors.rotated)
     return ProjectionErrors(
         bound=bound,
         error=read_error(states, identity, rest).clamp(min=0).sqrt().item(),
@@ -101,7 +107,7 @@ def _bound(
     rest: Float[Tensor, "n n"],
     calibrated: LayerMoments | None,
 ) -> float:
-    """Root mean square of what is lost, at most: of W x, and of the constant."""
+    """Root mean square of what is lost, at most: of W x, and of the constant; `rest` is R, or R D."""
     weight = read_weight(source, architecture, place.layer_idx, PROJECTION_OF[place.kind])
     bound = projection_bound(weight, rest)
     if calibrated is not None:

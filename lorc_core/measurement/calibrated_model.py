@@ -1,5 +1,6 @@
 """Everything that `compress` measures with the whole model on calibration text."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -11,7 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorc_core.attention.adapters import AdapterTensors
 from lorc_core.decomposition.factors import LayerDecomposition
+from lorc_core.decomposition.position_average import over_positions
 from lorc_core.decomposition.second_moments import LayerMoments
+from lorc_core.errors import ConfigError
 from lorc_core.measurement.calibration import batches, calibrate
 from lorc_core.measurement.calibration_text import Calibration, calibration_text
 from lorc_core.measurement.exchange import exchanged_ranks, max_exchange_passes
@@ -81,16 +84,49 @@ class CalibratedModel:
             finally:
                 counter.remove()
 
-    def moments(self, method: Method) -> tuple[LayerMoments, ...]:
-        """See `calibrate`, with those of `gradient_moments` beside them for a method whose readers are gradients."""
+    def moments(self, method: Method, context_tokens: int | None) -> tuple[LayerMoments, ...]:
+        """See `calibrate`; keys after the rotation are averaged over positions where the windows do not span them.
+
+        Args:
+            method: What is measured for.
+            context_tokens: Positions that will be used; the model's longest input if absent, and then a warning says
+                so, since an average over positions that are not used costs.
+
+        Raises:
+            ConfigError: The model does not read so many tokens, or there are too few for the method.
+        """
+        longest = self.architecture.max_tokens
+        if context_tokens is not None and not 1 <= context_tokens <= longest:
+            raise ConfigError(
+                f"context_tokens must be in 1..{longest}, the model's longest input, got {context_tokens}"
+            )
         method.check_enough_tokens(self.architecture, self.sequences.numel())
         joins = method.joins_rotated_heads
         with self.progress("calibrating", len(self.batches)):
-            layers = calibrate(self.model, self.batches, join_rotated_heads=joins)
+            measured = calibrate(self.model, self.batches, join_rotated_heads=joins)
+        measured = self.over_context(measured, method, context_tokens)
         if not method.needs_gradients:
-            return layers
+            return measured
         gradients = gradient_moments(self.model, self.counted("backpropagating"), join_rotated_heads=joins)
-        return tuple(layer.beside(of_loss) for layer, of_loss in zip(layers, gradients, strict=True))
+        return tuple(layer.beside(of_loss) for layer, of_loss in zip(measured, gradients, strict=True))
+
+    def over_context(
+        self, measured: tuple[LayerMoments, ...], method: Method, context_tokens: int | None
+    ) -> tuple[LayerMoments, ...]:
+        """Keys after the rotation averaged over positions, where the windows do not span them; see `moments`."""
+        longest, window = self.architecture.max_tokens, self.sequences.shape[1]
+        context = longest if context_tokens is None else context_tokens
+        if window >= context or not (method.measures_rotated and self.architecture.rotary):
+            return measured
+        if context_tokens is None:
+            warnings.warn(
+                f"method {method.name}: rotated keys are calibrated on windows of {window} tokens and averaged over "
+                f"{context} positions, the model's longest input; pass context_tokens, or longer windows",
+                stacklevel=4,
+            )
+        return tuple(
+            over_positions(layer, self.architecture, layer_idx, context) for layer_idx, layer in enumerate(measured)
+        )
 
     def counted(self, doing: str) -> Iterator[Int[Tensor, "_ _"]]:
         """The batches, with a bar of those that are done: for what calls the decoder more often than once for each."""

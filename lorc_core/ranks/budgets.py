@@ -48,16 +48,21 @@ def fit(climb: Climb, stairs: Sequence[Staircase], kept_fraction: float, name: s
 
 def fit_bytes(
     ranks_at: Callable[[float], RankSchedule],
-    needed_bytes: Callable[[RankSchedule], int],
+    least_bytes: Callable[[RankSchedule, RankSchedule], int],
     *,
     budget_bytes: int,
     name: str,
 ) -> RankSchedule:
     """The largest ranks of a schedule whose cache and factors fit a budget.
 
+    Bytes do not always rise with the ranks, as a layer at full width has no factors. So shares are halved into
+    intervals, and those are left out of which `least_bytes` says that nothing in them fits. Ranks never fall as the
+    share rises, so what lies in an interval lies between the ranks at its ends.
+
     Args:
         ranks_at: A schedule's, by the share of floats to keep.
-        needed_bytes: Of the cache and the factors that stay loaded beside the base model.
+        least_bytes: That any ranks between two, each no smaller than the first's and no larger than the second's, need
+            for the cache and the factors that stay loaded beside the base model; of two that are the same exactly.
         budget_bytes: What there is.
         name: Of the schedule.
 
@@ -65,19 +70,22 @@ def fit_bytes(
         ConfigError: Nothing that the schedule reaches fits.
     """
     largest = ranks_at(1.0)
-    if needed_bytes(largest) <= budget_bytes:
-        return largest
-    low, high, best = 0.0, 1.0, None
-    for _ in range(14):  # kept fractions to 1e-4
-        kept = (low + high) / 2
-        try:
-            ranks = ranks_at(kept)
-        except ConfigError:  # below what the schedule reaches
-            low = kept
+    intervals: list[tuple[float, RankSchedule | None, float, RankSchedule]] = [(0.0, None, 1.0, largest)]
+    while intervals:
+        low, below, high, above = intervals.pop()
+        if least_bytes(above, above) <= budget_bytes:
+            return above
+        # Members of the schedule are a float apart or more, so each is the nearest to half a float of shares at least.
+        # A narrower interval has none to itself: those at its ends are all.
+        if (high - low) * largest.full_floats_per_token < 0.5:
             continue
-        fits = needed_bytes(ranks) <= budget_bytes
-        best = ranks if fits else best
-        low, high = (kept, high) if fits else (low, kept)
-    if best is None:
-        raise ConfigError(f"{name}: no ranks make cache and factors fit {budget_bytes:,} bytes")
-    return best
+        if below is not None and least_bytes(below, above) > budget_bytes:
+            continue
+        middle = (low + high) / 2
+        try:
+            between = ranks_at(middle)
+        except ConfigError:  # below what the schedule reaches
+            intervals.append((middle, None, high, above))
+            continue
+        intervals += [(low, below, middle, between), (middle, between, high, above)]
+    raise ConfigError(f"{name}: no ranks make cache and factors fit {budget_bytes:,} bytes")

@@ -64,10 +64,13 @@ class ModelSteps:
 class Calibrated:
     """The pinned calibration texts of one model and the steps that measure its moments on them, one per shard.
 
-    `gradients` measures those of the loss's gradient, for the methods that read them.
+    Attributes:
+        context_tokens: Of the windows that are evaluated, where those here are shorter; else None.
+        gradients: Measure those of the loss's gradient, for the methods that read them.
     """
 
     settings: Calibration
+    context_tokens: int | None
     windows: tuple[WindowsStep, ...]
     shards: tuple[CalibrateStep, ...]
     gradients: tuple[GradientsStep, ...]
@@ -112,8 +115,10 @@ def calibrated_steps(zoo: Zoo, model: ResolvedModel) -> Calibrated | None:
         return None
     windows = windows_steps(model, settings.texts, settings)
     joins = any(entry.method.joins_rotated_heads for entry in zoo.variants)
+    evaluated = zoo.evaluation.window_tokens
     return Calibrated(
         settings,
+        evaluated if evaluated > settings.window_tokens else None,
         windows,
         shard_steps(CalibrateStep, model, settings, windows, join_rotated_heads=joins),
         shard_steps(GradientsStep, model, settings, windows, join_rotated_heads=joins),
@@ -197,6 +202,7 @@ def decompose_step(
         need=Need(num_cpus=1, memory_bytes=DECOMPOSE_COPIES * 8 * floats),
         axes=of_kinds,
         layer_idx=layer_idx,
+        context_tokens=calibrated.context_tokens if calibrated and method.keys.measures_rotated else None,
         content=model.content,
         location=model.location,
         architecture=architecture,

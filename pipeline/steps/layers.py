@@ -43,10 +43,11 @@ class DecomposeStep(FileStep):
     """One layer's full-rank nested factors and spectra, from its weights and what calibration measured of it."""
 
     name = "decompose"
-    revision = 8
+    revision = 9
 
     axes: Recipe[KeysValues[Axes]]
     layer_idx: Recipe[int]
+    context_tokens: Recipe[int | None]  # over which keys after the rotation are averaged; None where windows span them
     content: Pin[str]
     location: Place[ModelLocation]
     architecture: Place[Architecture]
@@ -61,11 +62,14 @@ class DecomposeStep(FileStep):
 
     def run(self, output: Path, store: Store) -> None:
         from lorc_core.compression import decompose_kind
+        from lorc_core.decomposition.position_average import over_positions
 
         source = layer_source(self.location, self.content, self.layer_idx)
         file = moments_file(self.layer_idx)
         moments = load_moments(store.paths(self.calibrated, file), self.layer_idx)
         of_loss = load_moments(store.paths(self.gradients, file), self.layer_idx)
+        if self.context_tokens is not None and moments is not None:
+            moments = over_positions(moments, self.architecture, self.layer_idx, self.context_tokens)
         if moments and of_loss:
             moments = moments.beside(of_loss)
         layer = KeysValues.of(

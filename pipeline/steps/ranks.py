@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorc_core.caches.memory import planned_factor_floats
+from lorc_core.caches.memory import least_factor_floats
 from lorc_core.methods import Method
 from lorc_core.model.architecture import Architecture
 from lorc_core.ranks.budgets import fit_bytes
@@ -67,8 +67,9 @@ class ByteBudget:
     element_bytes: int
     method: Method
 
-    def needed_bytes(self, ranks: RankSchedule, architecture: Architecture) -> int:
-        floats = ranks.floats_per_token * self.tokens + planned_factor_floats(ranks, self.method, architecture)
+    def least_bytes(self, low: RankSchedule, high: RankSchedule, architecture: Architecture) -> int:
+        """That ranks between two need; of two that are the same exactly."""
+        floats = low.floats_per_token * self.tokens + least_factor_floats(low, high, self.method, architecture)
         return floats * self.element_bytes
 
 
@@ -93,8 +94,8 @@ class ScheduleStep(FileStep):
             save_ranks(output, with_prediction(ranks_at(self.kept_fraction), self.layers, store))
             return
         assert self.budget is not None
-        needed_bytes = partial(self.budget.needed_bytes, architecture=self.architecture)
-        ranks = fit_bytes(ranks_at, needed_bytes, budget_bytes=self.budget.memory_bytes, name=self.schedule.name)
+        least_bytes = partial(self.budget.least_bytes, architecture=self.architecture)
+        ranks = fit_bytes(ranks_at, least_bytes, budget_bytes=self.budget.memory_bytes, name=self.schedule.name)
         save_ranks(output, with_prediction(ranks, self.layers, store))
 
 

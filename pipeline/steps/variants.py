@@ -74,7 +74,7 @@ class ProjectionErrorsStep(FileStep):
     """
 
     name = "projection_errors"
-    revision = 2
+    revision = 3
 
     location: Place[ModelLocation]
     variant: Input[VariantStep]

@@ -77,13 +77,14 @@ def cautions(parts: Parts) -> list[str]:
         entry.method.name
         for entry in parts.variants
         for method in (entry.method, *entry.method.layers.values())
-        if method.keys.statistics == "calibration" and method.keys.space == "post_rope"
+        if method.keys.measures_rotated
     ]
     if not rotated:
         return []
     names = ", ".join(dict.fromkeys(rotated))
     caution = (
-        f"{names}: rotated keys are calibrated on positions below {calibration.window_tokens} and evaluated on up "
-        f"to {evaluation.window_tokens}; let calibration.window_tokens span the positions that will be used"
+        f"{names}: rotated keys are calibrated on positions below {calibration.window_tokens} and averaged over the "
+        f"{evaluation.window_tokens} that are evaluated, as if no text depended on its position; let "
+        "calibration.window_tokens span the positions that will be used"
     )
     return [caution]

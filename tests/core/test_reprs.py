@@ -50,7 +50,7 @@ def test_a_method_is_written_on_a_line():
 def test_a_variant_tells_what_it_keeps_of_which_model(variant):
     full = 3 * 2 * variant.ranks.kv_width
     kept = f"{variant.ranks.floats_per_token} of {full} floats per token ({variant.kept_fraction:.4f})"
-    assert repr(variant) == f"Variant(a model in memory, phasor_freq, energy, {kept})"
+    assert repr(variant) == f"Variant(a model in memory, phasor_freq, uniform, {kept})"
     assert repr(variant.ranks) == f"RankSchedule(3 layers, {kept})"
     noted = replace(variant.ranks, note="epsilon 0.1")
     assert repr(noted) == f"RankSchedule(3 layers, {kept}, epsilon 0.1)"

@@ -23,6 +23,8 @@ SCHEDULES = [
     Energy(rank_multiple=4, skip_layers=(1,)),
     Progressive(),
     Progressive(min_rank=4, rank_multiple=2, skip_layers=(0,)),
+    Progressive(floor_kept_fraction=0.0),
+    Progressive(rank_multiple=3, floor_kept_fraction=0.5),
     Progressive(skip_above_log10_condition=9.0),
     Fisher(),
     ErrorBudget(),

@@ -5,27 +5,31 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lorc_core.compression import decompose_layer
+from lorc_core.decomposition.position_average import over_positions
 from lorc_core.errors import ConfigError, NumericsError
 from lorc_core.manifest import check_manifest
-from lorc_core.methods import Axes
+from lorc_core.measurement.calibration import calibrate
+from lorc_core.methods import METHODS, Axes
 from lorc_core.model.kinds import KeysValues
 from lorc_core.model.stored.checkpoint import Checkpoint
 from lorc_core.model.stored.weights import layer_digest
 from lorc_core.ranks.schedules import Sensitivity
 from pipeline.running.runner import run_steps
 from pipeline.running.work import run_group
-from pipeline.steps.graph import model_steps
+from pipeline.steps.graph import calibrated_steps, decompose_step, model_steps
 from pipeline.steps.outcome import Listener, Outcome
 from pipeline.steps.ranks import SearchStep
 from pipeline.steps.step import FileStep, Input, ModelLoad, ModelStep, Pin, Place, Recipe, Step, distinct
-from pipeline.storage.artifacts import save_digest
+from pipeline.storage.artifacts import load_layer, save_digest, save_moments
 from pipeline.storage.store import Store
 from pipeline.zoo.file import load_zoo
 from pipeline.zoo.models import resolve
@@ -134,8 +138,56 @@ def test_identities_are_those_of_finished_work_directories(tmp_path):
     zoo = load_zoo(REPOSITORY / "examples" / "demo.yaml")
     steps = model_steps(zoo, resolve(zoo.models[0], Store(tmp_path)), "sqlite://")
     assert steps.windows[0].key == "windows-5cb2f693831a727baaff"
-    assert steps.decompose["lorc"][0].key == "decompose-8a0fcceb944fe0bea0e8"
-    assert steps.variants[0].schedule.key == "schedule-54dcf34ab9d5461c2b31"
+    assert steps.decompose["lorc"][0].key == "decompose-18db136677c4436df9a0"
+    assert steps.variants[0].schedule.key == "schedule-f09bc7335de5977ee357"
+
+
+@pytest.mark.parametrize(("calibrated", "context"), [(256, None), (64, 256)])
+def test_rotated_keys_are_averaged_over_the_windows_that_are_evaluated_where_those_are_longer(
+    tmp_path, calibrated, context
+):
+    """The control: keys before the rotation, and complex blocks, are the same at every position."""
+    zoo = load_zoo(REPOSITORY / "examples" / "demo.yaml")
+    zoo = zoo.model_copy(update={"calibration": zoo.calibration.model_copy(update={"window_tokens": calibrated})})
+    model = resolve(zoo.models[0], Store(tmp_path))
+    shared = calibrated_steps(zoo, model)
+    found = {name: decompose_step(model, METHODS[name], 0, shared) for name in ("kq_svd", "kq_joint", "phasor_freq")}
+    assert {name: one.context_tokens for name, one in found.items()} == {
+        "kq_svd": context,
+        "kq_joint": None,
+        "phasor_freq": None,
+    }
+    assert all(one.calibrated == shared.shards for one in found.values())
+
+
+def test_a_decomposition_averaged_over_a_context_is_that_of_moments_over_positions(tmp_path):
+    """From the files of the steps before it; the control is the step without a context."""
+    zoo = load_zoo(REPOSITORY / "examples" / "demo.yaml")
+    store = Store(tmp_path)
+    settings = zoo.calibration.model_copy(update={"window_tokens": 64, "num_windows": 8, "probe_windows": 8})
+    model = resolve(zoo.models[0], store)
+    shared = calibrated_steps(zoo.model_copy(update={"calibration": settings}), model)
+    loaded = AutoModelForCausalLM.from_pretrained(model.location.directory(weights=True)).eval()
+    moments = calibrate(loaded, [torch.randint(3, 1000, (8, 64), generator=torch.Generator().manual_seed(0))])
+    (shard,) = shared.shards
+    with store.writing(shard) as scratch:
+        save_moments(scratch, moments)
+    wanted = decompose_step(model, METHODS["kq_svd"], 0, shared)
+    for one in (wanted, replace(wanted, context_tokens=None)):
+        with store.writing(one) as scratch:
+            one.run(scratch, store)
+        measured = moments[0]
+        if one.context_tokens is not None:
+            measured = over_positions(measured, model.architecture, 0, 256)
+        expected = decompose_layer(
+            Checkpoint(model.location.files()), model.architecture, 0, METHODS["kq_svd"], measured
+        )
+        found = load_layer(store.path(one))["keys"].read_energies
+        torch.testing.assert_close(found, expected["keys"].read_energies.to(found.dtype))
+    one, other = (
+        load_layer(store.path(each))["keys"].read_energies for each in (wanted, replace(wanted, context_tokens=None))
+    )
+    assert (one - other).abs().max() > 0.01 * one.max()
 
 
 def test_distinct_orders_inputs_first_and_keeps_each_once():

@@ -100,8 +100,9 @@ def test_rotated_keys_calibrated_on_too_few_positions_are_a_caution(content, loa
         "num_windows": 20,
     }
     content["variants"] = [{"method": name, "kept_fraction": 0.5} for name in ("kq_joint", "kq_svd", "lorc")]
+    content["variants"].append({"method": "phasor_freq", "kept_fraction": 0.5})  # the same at every position
     (caution,) = cautions(load(content).parts)
-    assert caution.startswith("kq_svd: rotated keys are calibrated on positions below 16 and evaluated on up to 32")
+    assert caution.startswith("kq_svd: rotated keys are calibrated on positions below 16 and averaged over the 32 that")
     content["calibration"]["window_tokens"] = 32
     assert cautions(load(content).parts) == []
 

@@ -157,13 +157,26 @@ def test_log10_condition_is_infinite_for_a_deficient_matrix_and_exact_otherwise(
     assert log10_condition(torch.zeros(3, dtype=torch.float64), (3, 3)) == math.inf
 
 
+def of_moments(weight, partition, mean):
+    """`decompose`, whose condition number is the weight's too, whatever the moments."""
+    white = torch.eye(len(weight), dtype=torch.float64)
+    return decompose(Moments(white, white, mean), weight, partition, "none", rotated=False)
+
+
+@pytest.mark.parametrize("way", [decompose_weight, of_moments])
 @pytest.mark.parametrize("shape", [(4, 2000), (2000, 4)])
 @pytest.mark.parametrize("condition", [1e12, 1e13])
-def test_log10_condition_is_infinite_where_matrix_rank_says_deficient(shape, condition):
-    """The threshold is that of the matrix's larger side, whichever it is: 2000 eps is 4e-13, 4 eps is 9e-16."""
+def test_log10_condition_is_infinite_where_matrix_rank_says_deficient(shape, condition, way):
+    """The threshold is that of the matrix's larger side, whichever it is: 2000 eps is 4e-13, 4 eps is 9e-16.
+
+    The control: with kv_width alone, 4 of (4, 2000), a condition number of 1e13 would pass for finite.
+    """
     weight = matrix_of_condition(min(shape), max(shape), condition)[0]
     weight = weight if shape[0] < shape[1] else weight.T.contiguous()
-    found = decompose_weight(weight, joint(shape[0]), None).log10_condition
+    found = way(weight, joint(shape[0]), None).log10_condition
+    singular_values = torch.linalg.svdvals(weight)
+    assert log10_condition(singular_values, weight.shape) == pytest.approx(found, abs=0.01)
+    assert math.isfinite(log10_condition(singular_values, (4,)))
     if torch.linalg.matrix_rank(weight) < 4:
         assert condition == 1e13
         assert found == math.inf

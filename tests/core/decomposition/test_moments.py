@@ -10,16 +10,18 @@ from hypothesis import strategies as st
 from lorc_core.compression import LoadedWeights
 from lorc_core.decomposition.decompose import decompose
 from lorc_core.decomposition.moments import Moments, moments_of
-from lorc_core.decomposition.position_average import position_average
+from lorc_core.decomposition.position_average import over_positions, position_average
 from lorc_core.decomposition.second_moments import SecondMoment
 from lorc_core.errors import ConfigError
+from lorc_core.measurement.calibration import calibrate
 from lorc_core.methods import METHODS, Axes
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.blocks import Partition
 from lorc_core.model.channels import diagonal_blocks
 from lorc_core.model.kinds import LayerKind
-from tests.materialised import channels_of, dense_projection, rotated
+from tests.materialised import channels_of, dense_projection, materialise, rotated
 from tests.models import tiny_model
+from tests.runs import tokens
 from tests.spectra import joint, random_matrix
 
 
@@ -129,7 +131,7 @@ def test_methods_that_calibrate_need_calibration():
 @pytest.mark.parametrize("num_positions", [1, 2, 37])
 def test_position_average_is_the_mean_over_explicitly_rotated_moments(name, num_positions):
     model = tiny_model(name)
-    architecture = replace(architecture_of(model.config), max_tokens=num_positions)
+    architecture = architecture_of(model.config)
     moment = random_moment(architecture.kv_width, 50, 3)
     root = torch.linalg.cholesky(moment).T  # rows whose second moment it is
     expected = torch.zeros_like(moment)
@@ -137,12 +139,43 @@ def test_position_average_is_the_mean_over_explicitly_rotated_moments(name, num_
     turned = rotated(model, heads[:, None].expand(-1, num_positions, -1, -1)).flatten(2)  # (rows, positions, N)
     for position in range(num_positions):
         expected += turned[:, position].T @ turned[:, position] / num_positions
-    found = position_average(moment, architecture, 0)
+    found = position_average(moment, architecture, 0, num_positions)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(moment.abs().max()) / 1e3)
     if num_positions == 1:
         torch.testing.assert_close(found, moment)
     else:
         assert (found - moment).abs().max() > 0.01 * moment.abs().max()  # the control
+
+
+@pytest.mark.parametrize("join", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_measured_moments_over_positions_are_those_of_states_rotated_at_every_position(name, join):
+    """The control: those that were measured are of the windows' 20 positions."""
+    model, num_positions = tiny_model(name), 50
+    architecture, ids = architecture_of(model.config), tokens(model, rows=3, columns=20)
+    measured, layer = calibrate(model, [ids], join_rotated_heads=join)[1], materialise(model, ids)[1]
+    found = over_positions(measured, architecture, 1, num_positions)
+    for part in ("inputs", "keys", "values", "queries", "summed"):
+        assert found.moments[part] is measured.moments[part]
+
+    def at_every_position(heads):
+        """(T, heads, d) to (T * positions, heads, d)."""
+        return rotated(model, heads[:, None].expand(-1, num_positions, -1, -1)).flatten(0, 1)
+
+    keys = at_every_position(layer.keys)
+    queries = at_every_position(layer.queries.flatten(1, 2)).unflatten(1, layer.queries.shape[1:3])
+    for part, states in (
+        ("keys", keys.flatten(1)[None] if join else keys.transpose(0, 1)),
+        ("queries", queries.permute(1, 2, 0, 3).flatten(1, 2)),
+        ("summed", queries.sum(dim=2).transpose(0, 1)),
+    ):
+        moment, old = found.moments[f"rotated_{part}"], measured.moments[f"rotated_{part}"]
+        total, sums = states.mT @ states / num_positions, states.sum(dim=1) / num_positions
+        total, sums = total.view_as(old.total), sums.view_as(old.sum)
+        assert moment.num_tokens == old.num_tokens
+        torch.testing.assert_close(moment.total, total, rtol=0, atol=1e-5 * total.abs().max().item())
+        torch.testing.assert_close(moment.sum, sums, rtol=0, atol=1e-5 * sums.abs().max().item())
+        assert (old.total - total).abs().max() > 0.01 * total.abs().max()
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

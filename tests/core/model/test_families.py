@@ -482,14 +482,14 @@ def test_frequencies_and_scales_are_those_of_the_models_own_module(name):
 )
 def test_position_average_is_the_mean_over_states_that_the_model_rotated(name, modeling):
     model, num_positions = model_of(name), 23
-    architecture = replace(architecture_of(model.config), max_tokens=num_positions)
+    architecture = architecture_of(model.config)
     heads, dim = architecture.num_kv_heads, architecture.head_dim
     root = torch.randn(40, architecture.kv_width, generator=torch.Generator().manual_seed(0))
     states = root.unflatten(-1, (heads, dim)).transpose(0, 1)[:, :, None].expand(-1, -1, num_positions, -1)
     cos, sin = model.base_model.rotary_emb(root, torch.arange(num_positions)[None])
     turned = modeling.apply_rotary_pos_emb(states, states, cos, sin)[0].permute(2, 1, 0, 3).flatten(2).double()
     expected = (turned.mT @ turned).mean(dim=0)
-    found = position_average((root.T @ root).double(), architecture, 0)
+    found = position_average((root.T @ root).double(), architecture, 0, num_positions)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
     assert (found - (root.T @ root)).abs().max() > 0.01 * expected.abs().max()  # the control
 

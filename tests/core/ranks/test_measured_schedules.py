@@ -6,6 +6,7 @@ Measurements are made up here; test_probes shows that the real ones are what the
 import itertools
 import json
 import math
+import random
 import re
 from dataclasses import asdict
 from functools import partial
@@ -235,35 +236,97 @@ def test_an_exchange_measures_each_layer_and_kind_twice_a_round_and_no_more_than
     assert len(calls) == 1 + 2 * 4
 
 
+def bytes_of(per_float, per_rank):
+    """Least bytes of ranks between two: `per_float` for what is cached and `per_rank` for factors, none at full width."""
+
+    def least_bytes(low, high):
+        pairs = zip(floats_of(low), floats_of(high), strict=True)
+        factors = sum(floats for floats, most in pairs if most < low.kv_width)
+        return per_float * low.floats_per_token + per_rank * factors + 10 * len(low.layers)
+
+    return least_bytes
+
+
+def bisected(ranks_at, needed, budget):
+    """The largest that fits, if bytes only rose with the kept fraction."""
+    low, high, best = 0.0, 1.0, None
+    for _ in range(14):
+        kept = (low + high) / 2
+        fits = needed(ranks_at(kept), ranks_at(kept)) <= budget
+        best = ranks_at(kept) if fits else best
+        low, high = (kept, high) if fits else (low, kept)
+    return best
+
+
 @given(
-    pairs=st.lists(st.tuples(st.sampled_from(BLOCKS), st.sampled_from(BLOCKS[:3])), min_size=1, max_size=1),
-    schedule=st.sampled_from([Uniform(), Energy(), Progressive()]),
+    pairs=st.lists(st.tuples(st.sampled_from(BLOCKS), st.sampled_from(BLOCKS[:3])), min_size=1, max_size=2),
+    schedule=st.sampled_from([Uniform(), Energy(), Progressive(), Energy(skip_layers=(0,))]),
     share=st.floats(0.0, 1.1),
     per_float=st.integers(1, 1000),
+    per_rank=st.sampled_from([0, 1, 30, 2000]),
     data=st.data(),
 )
-@settings(deadline=None, max_examples=6)
-def test_fit_bytes_is_the_largest_member_of_the_schedule_within_the_budget(pairs, schedule, share, per_float, data):
+@settings(deadline=None, max_examples=12)
+def test_fit_bytes_is_the_largest_member_of_the_schedule_within_the_budget(
+    pairs, schedule, share, per_float, per_rank, data
+):
     layers = block_spectra(pairs, data)
     full = 2 * WIDTH * len(layers)
-
-    def needed(ranks):
-        return per_float * ranks.floats_per_token + 10 * len(ranks.layers)
-
-    budget = int(share * (per_float * full + 10 * len(layers)))
-    reachable = set()
+    least_bytes = bytes_of(per_float, per_rank)
+    budget = int(share * ((per_float + per_rank / 2) * full + 10 * len(layers)))
+    members = {}
     for floats in range(1, full + 1):
         try:
-            reachable.add(needed(schedule.ranks(layers, floats / full)))
+            ranks = schedule.ranks(layers, floats / full)
         except ConfigError:
             continue
-    within = [one for one in reachable if one <= budget]
-    fitted = partial(fit_bytes, partial(schedule.ranks, layers), needed, budget_bytes=budget, name=schedule.name)
+        members[ranks.floats_per_token] = least_bytes(ranks, ranks)
+    within = [floats for floats, needed in members.items() if needed <= budget]
+    fitted = partial(fit_bytes, partial(schedule.ranks, layers), least_bytes, budget_bytes=budget, name=schedule.name)
     if not within:
         with pytest.raises(ConfigError, match=f"{schedule.name}: no ranks make cache and factors fit {budget:,} bytes"):
             fitted()
         return
-    assert needed(fitted()) == max(within)
+    assert fitted().floats_per_token == max(within)
+
+
+def test_fit_bytes_sees_that_layers_at_full_width_have_no_factors():
+    """A flat layer and a steep one, which has 3 ranks of 32: with the flat one whole they need less than with half of it.
+
+    The control: bisection takes bytes to rise with the kept fraction, and stops before the first that do not fit.
+    """
+    steep, flat = (tuple(4.0**-i for i in range(32)),), ((1.0,) * 32,)
+    layers = [LayerSpectrum(*(KindSpectrum(joint(32), 0.0, read=one) for _ in KINDS)) for one in (flat, steep)]
+    ranks_at, least_bytes = partial(Energy().ranks, layers), bytes_of(per_float=10, per_rank=10)
+    whole = ranks_at(1.0)
+    assert least_bytes(whole, whole) > 800
+    assert bisected(ranks_at, least_bytes, 800).kept_fraction < 0.31
+    found = fit_bytes(ranks_at, least_bytes, budget_bytes=800, name="energy")
+    assert least_bytes(found, found) <= 800
+    assert found.layers == (LayerRanks((32,), (32,)), LayerRanks((4,), (3,)))
+    assert found.kept_fraction == pytest.approx(71 / 128)
+
+
+def test_fit_bytes_looks_at_few_of_the_ranks_of_a_wide_model():
+    """4 layers of 2,048 floats a kind; were all of their ranks tried, that would be 16,000."""
+    generator = random.Random(0)
+    layers = [
+        LayerSpectrum(
+            *(
+                KindSpectrum(joint(2048), 0.0, read=(tuple(sorted(generator.random() for _ in range(2048))[::-1]),))
+                for _ in KINDS
+            )
+        )
+        for _ in range(4)
+    ]
+    calls = []
+
+    def ranks_at(kept):
+        calls.append(kept)
+        return Energy().ranks(layers, kept)
+
+    fit_bytes(ranks_at, bytes_of(per_float=100, per_rank=300), budget_bytes=3_000_000, name="energy")
+    assert len(calls) < 100
 
 
 def test_ranks_survive_json():

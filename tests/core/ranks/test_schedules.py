@@ -41,7 +41,7 @@ def test_cumulative_condition_does_not_overflow():
 def test_progressive_follows_equation_13():
     """Eq. 13 written out, with d_max the full width and the d_min that the schedule found."""
     width, layers = 1000, spectra(*[(0.5 + 0.3 * (i % 3), 0.4 + 0.1 * i) for i in range(10)], width=1000)
-    schedule = Progressive().ranks(layers, 0.7)
+    schedule = Progressive().ranks(layers, 0.8)
     cumulative = cumulative_log10_condition(layers)
     found = [layer.floats("keys") for layer in schedule.layers]
     d_max, d_min = max(found), min(found)
@@ -60,12 +60,34 @@ def test_progressive_cuts_deep_layers_most_and_keys_as_values():
 
 
 def test_progressive_lowers_d_max_only_where_d_min_is_at_its_floor():
-    assert Progressive().ranks(EIGHT, 0.6).note == ""
-    low = Progressive(min_rank=16).ranks(EIGHT, 0.4)
+    assert Progressive().ranks(EIGHT, 0.7).note == ""
+    low = Progressive(min_rank=16, floor_kept_fraction=0.0).ranks(EIGHT, 0.4)
     assert re.fullmatch(r"d_max lowered to \d+", low.note)
     keys = [layer.floats("keys") for layer in low.layers]
     assert min(keys) == 16
     assert max(keys) < 128
+
+
+@pytest.mark.parametrize("kept", [0.4, 0.5, 0.6, 0.8])
+def test_progressive_keeps_its_floor_in_the_last_layer_while_the_target_allows(kept):
+    """The control: without a floor the last layer falls to rank 1 at half."""
+    found = Progressive().ranks(EIGHT, kept)
+    assert found.kept_fraction == pytest.approx(kept, abs=0.01)
+    assert min(layer.floats("keys") for layer in found.layers) >= 0.35 * 128
+    assert "floor" not in found.note
+    if kept <= 0.5:
+        bare = Progressive(floor_kept_fraction=0.0).ranks(EIGHT, kept)
+        assert bare.layers[-1] == LayerRanks((1,), (1,))
+
+
+def test_progressive_lowers_its_floor_where_the_target_is_below_and_says_so():
+    """0.35 of 128 is 44.8; below that all layers are cut alike, down to `min_rank`, which is never lowered."""
+    found = Progressive(min_rank=16).ranks(EIGHT, 0.25)
+    assert found.note == "d_max and the floor of 45 lowered to 32"
+    assert {(layer.keys, layer.values) for layer in found.layers} == {((32,), (32,))}
+    assert Progressive(min_rank=16).ranks(EIGHT, 0.36).note.startswith("d_max lowered to ")
+    with pytest.raises(ConfigError, match=r"cannot be reached; reachable is 0\.125\.\.1\.000"):
+        Progressive(min_rank=16).ranks(EIGHT, 0.1)
 
 
 @given(
@@ -123,13 +145,15 @@ def test_a_coarse_rank_step_does_not_widen_the_reach(schedule, kept, reachable):
 
 
 def test_min_rank_is_rounded_up_to_the_multiple():
-    found = Progressive(min_rank=12, rank_multiple=8).ranks(EIGHT, 0.4)
+    found = Progressive(min_rank=12, floor_kept_fraction=0.0, rank_multiple=8).ranks(EIGHT, 0.4)
     assert min(layer.keys for layer in found.layers) == (16,)
+    found = Progressive(rank_multiple=8).ranks(EIGHT, 0.4)  # so is the floor, 44.8
+    assert min(layer.keys for layer in found.layers) == (48,)
 
 
 def test_the_note_gives_the_ramps_upper_end_even_where_that_layer_is_skipped():
     """The first layer is skipped, so the largest rank of the others is below d_max."""
-    found = Progressive(skip_layers=(0,)).ranks(EIGHT, 0.4)
+    found = Progressive(skip_layers=(0,), floor_kept_fraction=0.0).ranks(EIGHT, 0.4)
     d_max = int(re.search(r"\d+", found.note).group())
     cumulative = cumulative_log10_condition(EIGHT)
     share = (cumulative[0] - cumulative[1]) / (cumulative[0] - cumulative[-1])
@@ -158,6 +182,8 @@ def test_unknown_names_and_bad_fields_are_refused():
         Uniform(rank_multiple=0)
     with pytest.raises(ConfigError, match=r"min_rank must be in 1\.\.128, the width .*, got 200"):
         Progressive(min_rank=200).ranks(EIGHT, 0.9)
+    with pytest.raises(ConfigError, match=r"floor_kept_fraction must be in \[0, 1\], got 1\.5"):
+        Progressive(floor_kept_fraction=1.5)
     with pytest.raises(ConfigError, match=r"rank_multiple must be in 1\.\.128"):
         Uniform(rank_multiple=200).ranks(EIGHT, 0.5)
     with pytest.raises(ConfigError, match=r"skip_layers: layer 8 does not exist; layers are 0\.\.7"):
