@@ -6,6 +6,7 @@ import shutil
 import pyarrow.parquet as pq
 
 from pipeline.steps.outcome import Listener
+from pipeline.steps.step import Step
 from tests.models import save_tiny_model
 from tests.paths import DEMO
 
@@ -101,3 +102,11 @@ def statuses(run):
     for outcome in run.outcomes:
         found.setdefault((outcome.name, outcome.status), []).append(outcome)
     return {key: len(outcomes) for key, outcomes in found.items()}
+
+
+def kinds_of_steps(base=Step):
+    """All that are declared where this is called."""
+    for child in base.__subclasses__():
+        if "name" in vars(child):
+            yield child
+        yield from kinds_of_steps(child)

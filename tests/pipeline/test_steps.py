@@ -28,7 +28,7 @@ from pipeline.running.work import run_group
 from pipeline.steps.graph import calibrated_steps, decompose_step, model_steps
 from pipeline.steps.outcome import Listener, Outcome
 from pipeline.steps.ranks import SearchStep
-from pipeline.steps.step import FileStep, Input, ModelLoad, ModelStep, Pin, Place, Recipe, Step, distinct
+from pipeline.steps.step import FileStep, Input, ModelLoad, Pin, Place, Recipe, Step, distinct
 from pipeline.storage.artifacts import load_layer, save_digest, save_moments
 from pipeline.storage.store import Store
 from pipeline.zoo.file import load_zoo
@@ -36,6 +36,7 @@ from pipeline.zoo.models import resolve
 from pipeline.zoo.sections import Cluster, ModelEntry
 from tests.models import save_tiny_model
 from tests.paths import REPOSITORY
+from tests.zoos import kinds_of_steps
 
 WIDE = {
     "hidden_size": 512,
@@ -116,7 +117,7 @@ def test_every_field_of_every_kind_has_one_role_and_no_two_kinds_one_name():
     import pipeline.regression  # with `graph`, which is imported above, all kinds are declared
 
     assert pipeline.regression.RegressStep
-    kinds = [kind for base in (FileStep, ModelStep) for kind in leaves(base)]
+    kinds = list(kinds_of_steps())
     labels = {"model", "need", "loads"}  # `loads` tells its part of the identity itself
     for kind in kinds:
         assert is_dataclass(kind)
@@ -125,12 +126,6 @@ def test_every_field_of_every_kind_has_one_role_and_no_two_kinds_one_name():
             assert (spec.name in labels or spec.type == str | None) ^ (len(roles) == 1), (kind, spec.name)
     names = [kind.name for kind in kinds]
     assert len(names) == len(set(names)) >= 14
-
-
-def leaves(base):
-    """The classes below one that have none below them."""
-    for child in base.__subclasses__():
-        yield from leaves(child) if child.__subclasses__() else (child,)
 
 
 def test_identities_are_those_of_finished_work_directories(tmp_path):

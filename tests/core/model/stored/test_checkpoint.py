@@ -177,5 +177,5 @@ def test_a_rank_deficient_weight_stops_progressive_only(llama_dir):
 
 
 def test_unknown_methods_are_refused_with_the_known_ones(llama_dir):
-    with pytest.raises(ConfigError, match=r"method 'lork' is not known; known are eigen, k_svd, kq_joint, .*, zack"):
+    with pytest.raises(ConfigError, match=r"method 'lork' is not known; known are eigen, fisher, k_svd, .*, zack"):
         lorc_core.compress(llama_dir, method="lork")
