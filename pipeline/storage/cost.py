@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from lorc_core.model.stored.files import ModelFiles
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -20,7 +22,8 @@ class Cost:
         peak_bytes: The most memory that the process held while the step ran, what it had loaded before included;
             without that of GPUs. None where the system does not tell it for a part of a process's life.
         read_bytes: What the system's read calls returned, whether from storage or from its cache, code that was
-            imported included; not what was read by mapping a file into memory. None where the system does not tell.
+            imported included, and what was read of models elsewhere; not what was read by mapping a file into memory,
+            nor whole models that were fetched. None where the system does not tell.
         host: Where it ran.
         attempts: How often it was begun, by workers that were lost and in earlier runs too.
     """
@@ -98,8 +101,8 @@ def peak() -> int:
 
 
 def read_so_far() -> int | None:
-    """Bytes that the process's read calls returned."""
+    """Bytes that the process's read calls returned, which those of sockets are not, and those of models elsewhere."""
     try:
-        return int(psutil.Process().io_counters().read_chars)
+        return int(psutil.Process().io_counters().read_chars) + ModelFiles.fetched_bytes
     except (AttributeError, psutil.AccessDenied):  # macOS has no such count; a container may hide it
         return None

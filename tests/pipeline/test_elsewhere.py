@@ -81,6 +81,8 @@ def test_decomposing_a_hub_model_asks_for_its_keys_and_values_alone(tmp_path):
         looked_at = len(tensors) * SAMPLES + 10_000  # with the headers
         assert needed <= hub.weight_bytes_sent <= needed + looked_at
         assert hub.weight_bytes_sent < whole / 4
+        costs = rows(tmp_path / "work", "outcomes")
+        assert sum(row["read_bytes"] for row in costs if row["step"].startswith("decompose-")) >= needed
         planned = lorc("plan", zoo_file, "--workdir", tmp_path / "other", **caches)
         assert planned.returncode == 0, planned.stdout + planned.stderr
         assert hub.weight_bytes_sent <= needed + 2 * looked_at, "planning read weights"

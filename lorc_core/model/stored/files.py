@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
 import fsspec
@@ -42,7 +42,10 @@ class ModelFiles:
 
     Attributes:
         bytes_read: How much was read of them.
+        fetched_bytes: How much this process read of all files that are elsewhere.
     """
+
+    fetched_bytes: ClassVar[int] = 0
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -119,7 +122,9 @@ class ModelFiles:
                     parts = list(threads.map(lambda limits: self._fetched(name, *limits), ranges))
         except STORE_ERRORS as error:
             raise ArtifactError(f"{self.path(name)}: cannot be read: {first_line(error)}") from error
-        self.bytes_read += sum(map(len, parts))
+        self.bytes_read += (num_bytes := sum(map(len, parts)))
+        if not self.is_local:
+            ModelFiles.fetched_bytes += num_bytes
         for (start, stop), part in zip(ranges, parts, strict=True):
             if len(part) != stop - start:
                 raise ArtifactError(f"{self.path(name)}: ends before byte {stop}")
