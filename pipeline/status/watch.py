@@ -1,18 +1,17 @@
 """A listener that knows how its run stands at any moment."""
 
-import math
 import os
 import socket
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipeline.status.estimate import Kind, seconds_left
+from pipeline.costs.seconds import seconds_of
+from pipeline.status.estimate import Left, Pace, seconds_left
 from pipeline.status.status import STAGE_OF, STAGES, VERSION, Count, Failure, ModelStatus, Running, Status
-from pipeline.steps.layers import DecomposeStep
 from pipeline.steps.outcome import Listener, Milestone, Outcome, Started
 from pipeline.steps.outcome import Status as OutcomeStatus
 from pipeline.steps.step import Step
@@ -24,11 +23,12 @@ STATES: dict[OutcomeStatus, State] = {"ran": "done", "cached": "done", "failed":
 
 @dataclass(frozen=True)
 class Known:
-    """What was told of one step."""
+    """What was told of one step; `foreseen_s` of its shapes alone."""
 
-    kind: Kind
+    kind: str
     model: str
     variant: str | None
+    foreseen_s: float = 0
     state: State = "waiting"
     since: float = 0
     host: str = ""
@@ -37,7 +37,7 @@ class Known:
 
     @property
     def stage(self) -> str:
-        return STAGE_OF[self.kind[0]]
+        return STAGE_OF[self.kind]
 
 
 class Watch(Listener):
@@ -57,16 +57,15 @@ class Watch(Listener):
         self.notes: tuple[str, ...] = ()
         self.steps: dict[str, Known] = {}
         self.failures: list[Failure] = []
-        self.took: dict[Kind, list[float]] = defaultdict(list)  # seconds, of steps that are done
+        self.paces: dict[str, Pace] = {}  # by kind, of steps that are done
         self.busy_s = 0.0  # of steps that ran in this run
         self.first_start: float | None = None
         self.changes = 0
 
     def plan(self, steps: Sequence[Step]) -> None:
-        sizes = size_classes(steps)
         with self.lock:
             for step in steps:
-                self.steps[step.key] = Known((step.name, sizes.get(step.model, 0)), step.model, step.label)
+                self.steps[step.key] = Known(step.name, step.model, step.label, seconds_of(step))
             self.changes += 1
 
     def start(self, started: Started) -> None:
@@ -86,14 +85,16 @@ class Watch(Listener):
     def record(self, outcome: Outcome) -> None:
         with self.lock:
             if outcome.key not in self.steps:  # it is no step
-                self.steps[outcome.key] = Known((outcome.name, 0), outcome.model, outcome.variant)
+                self.steps[outcome.key] = Known(outcome.name, outcome.model, outcome.variant)
             state = STATES[outcome.status]
             self.change(outcome.key, state=state)
             if outcome.status != "cached":
                 self.waits_for = None
                 self.busy_s += outcome.cost.wall_s if outcome.cost else 0
             if state == "done" and outcome.cost is not None:
-                self.took[self.steps[outcome.key].kind].append(outcome.cost.wall_s)
+                known = self.steps[outcome.key]
+                pace = Pace(known.foreseen_s, outcome.cost.wall_s)
+                self.paces[known.kind] = self.paces.get(known.kind, Pace()) + pace
             if outcome.status == "failed":
                 host = outcome.cost.host if outcome.cost else None
                 error = outcome.error or ""
@@ -124,7 +125,7 @@ class Watch(Listener):
         with self.lock:
             now = time.time()
             running = sorted((known for known in self.steps.values() if known.state == "running"), key=since)
-            left_s = None if self.ended is not None else self.seconds_left(running, now)
+            left_s = None if self.ended is not None else self.seconds_left(now)
             return Status(
                 version=VERSION,
                 zoo=self.zoo,
@@ -142,28 +143,24 @@ class Watch(Listener):
                 failures=tuple(self.failures),
             )
 
-    def seconds_left(self, running: Sequence[Known], now: float) -> float | None:
+    def seconds_left(self, now: float) -> float | None:
         if self.first_start is None:
             return None
-        ages = [(known.kind, max(now - known.since, 0)) for known in running]
-        busy_s = self.busy_s + sum(age for _, age in ages)
-        waiting = Counter(known.kind for known in self.steps.values() if known.state == "waiting")
-        return seconds_left(self.took, waiting, ages, busy_s / max(now - self.first_start, 1e-3))
+        left = [
+            Left(known.kind, known.foreseen_s, max(now - known.since, 0) if known.state == "running" else 0)
+            for known in self.steps.values()
+            if known.state in ("waiting", "running")
+        ]
+        busy_s = self.busy_s + sum(step.age_s for step in left)
+        return seconds_left(self.paces, left, busy_s / max(now - self.first_start, 1e-3))
 
 
 def since(known: Known) -> float:
     return known.since
 
 
-def size_classes(steps: Sequence[Step]) -> dict[str, int]:
-    """By the model's name: sizes of one class differ by less than two times, or little more."""
-    shapes = {step.model: step.architecture for step in steps if isinstance(step, DecomposeStep)}
-    return {name: round(math.log2(shape.num_layers * shape.hidden_size**2)) for name, shape in shapes.items()}
-
-
 def running_status(known: Known) -> Running:
-    step = known.kind[0]
-    return Running(step, known.model, known.variant, known.host, known.since, known.parts_done, known.parts)
+    return Running(known.kind, known.model, known.variant, known.host, known.since, known.parts_done, known.parts)
 
 
 def model_statuses(steps: Iterable[Known]) -> dict[str, ModelStatus]:
