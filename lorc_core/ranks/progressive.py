@@ -22,8 +22,8 @@ class Progressive(Schedule):
 
     Without a floor d_min falls to 1 at half of the cache, and the deepest layers are lost: of `lorc` at 0.5 the loss
     rises by 0.47, 0.50, 1.79 and 0.19 on stories260K, babyllama-tok361, TinyStories-656K and stdlib-llama-d64; with
-    the default floor by 0.36, 0.39, 0.62 and 0.01, with `uniform` by 0.38, 0.50, 0.56 and 0.00. The paper's Table 2 keeps
-    0.4 or 0.5 of the width at least (its dim_c).
+    the default floor by 0.36, 0.39, 0.62 and 0.01, with `uniform` by 0.38, 0.50, 0.56 and 0.00. The paper's Table 2
+    keeps 0.4 or 0.5 of the width at least (its dim_c).
 
     Attributes:
         min_rank: Least rank of any layer, rounded up to a multiple; it is never lowered.
