@@ -5,9 +5,9 @@ from pathlib import Path
 
 import typer
 
-from jobs.progress import StepProgress
-from jobs.results_table import results_table
-from jobs.screen import console
+from jobs.screen.console import console
+from jobs.screen.progress import StepProgress
+from jobs.screen.results_table import results_table
 from jobs.stopping import stoppable
 from pipeline.candidates import candidates
 from pipeline.results import results, unscored

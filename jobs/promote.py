@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from jobs.command import run_command
-from jobs.screen import console
+from jobs.screen.console import console
 from pipeline.registry.promotion import promote
 from pipeline.registry.tracking import default_tracking_uri
 from pipeline.zoo.file import load_zoo

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.progress import StepProgress
-from jobs.screen import console
+from jobs.screen.console import console
+from jobs.screen.progress import StepProgress
 from lorc_core.errors import ConfigError
 from lorc_core.methods import METHODS, Method
 from lorc_core.model.architecture import architecture_of

@@ -6,9 +6,9 @@ import typer
 from rich.text import Text
 
 from jobs.command import run_command
-from jobs.fitted_table import Column, FittedTable
-from jobs.progress import StepProgress
-from jobs.screen import console
+from jobs.screen.console import console
+from jobs.screen.fitted_table import Column, FittedTable
+from jobs.screen.progress import StepProgress
 from jobs.stopping import stoppable
 from pipeline.registry.tracking import default_tracking_uri
 from pipeline.regression import ChampionVerdict, label, regress

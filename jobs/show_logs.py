@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 import pyarrow.parquet as pq
 
-from jobs.screen import console
+from jobs.screen.console import console
 from jobs.show_status import clock
 from lorc_core.errors import ConfigError
 from pipeline.status.status import STATUS_FILE, Failure, read_status

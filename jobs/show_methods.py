@@ -1,7 +1,7 @@
 """Print the methods that lorc knows: `lorc methods`."""
 
-from jobs.fitted_table import Column, FittedTable
-from jobs.screen import console
+from jobs.screen.console import console
+from jobs.screen.fitted_table import Column, FittedTable
 from lorc_core.methods import METHODS, Method
 from lorc_core.model.kinds import KINDS
 from lorc_core.ranks.schedules import Energy

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from jobs.fitted_table import Column, FittedTable
-from jobs.forecast_table import forecast_table, totals
-from jobs.screen import console, size
+from jobs.screen.console import console, size
+from jobs.screen.fitted_table import Column, FittedTable
+from jobs.screen.forecast_table import forecast_table, totals
 from pipeline.planning import ModelPlan, plan_model
 from pipeline.simulation.cluster import load_cluster
 from pipeline.simulation.forecast import forecast

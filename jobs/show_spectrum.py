@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from string import ascii_lowercase
 
-from jobs.fitted_table import Column, FittedTable
-from jobs.progress import StepProgress
-from jobs.screen import console
+from jobs.screen.console import console
+from jobs.screen.fitted_table import Column, FittedTable
+from jobs.screen.progress import StepProgress
 from jobs.stopping import stoppable
 from pipeline.spectrum import LayerChoice, ModelSpectrum, SpectrumRow, model_spectra
 from pipeline.zoo.schema import Zoo

@@ -5,8 +5,8 @@ import time
 from rich.live import Live
 from rich.markup import escape
 
-from jobs.screen import console, duration
-from jobs.status_table import StatusView
+from jobs.screen.console import console, duration
+from jobs.screen.status_table import StatusView
 from lorc_core.errors import ConfigError
 from pipeline.status.status import STATUS_FILE, Status, read_status
 from pipeline.storage.looking import Held, Look

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jobs.bench.timing import device, device_line, seconds_of
-from jobs.fitted_table import Column, FittedTable
-from jobs.screen import console, size
+from jobs.screen.console import console, size
+from jobs.screen.fitted_table import Column, FittedTable
 from lorc_core.measurement.calibration import batches, calibrate
 
 # Two layers as wide as LLaMA-3.2-1B's, and as its keys and values; the vocabulary is small, since no logits are needed.

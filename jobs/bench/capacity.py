@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, StaticCache
 
 from jobs.bench.decode import token_seconds
 from jobs.bench.models import Contender, Subject, attached, bench_model, contenders_of
-from jobs.fitted_table import Column, FittedTable
-from jobs.screen import console, size
+from jobs.screen.console import console, size
+from jobs.screen.fitted_table import Column, FittedTable
 from lorc_core.caches.memory import cache_bytes
 from lorc_core.errors import ConfigError
 

@@ -26,8 +26,8 @@ from jobs.bench.models import (
     contenders_of,
 )
 from jobs.bench.timing import seconds_of
-from jobs.fitted_table import Column, FittedTable
-from jobs.screen import console, size
+from jobs.screen.console import console, size
+from jobs.screen.fitted_table import Column, FittedTable
 from lorc_core.attention.attach import Attachment
 from lorc_core.caches.growing import GrowingCache
 from lorc_core.caches.memory import cache_bytes

@@ -18,8 +18,8 @@ import psutil
 from jobs.bench.generated_zoo import write_generated_zoo
 from jobs.bench.timed_run import TimedRun, timed_run
 from jobs.bench.units import measure_units
-from jobs.fitted_table import Column, FittedTable
-from jobs.screen import console
+from jobs.screen.console import console
+from jobs.screen.fitted_table import Column, FittedTable
 from pipeline.costs.order import remaining_seconds
 from pipeline.costs.seconds import StepSeconds
 from pipeline.costs.units import UnitCosts, read_units

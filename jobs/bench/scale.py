@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from jobs.bench.checkpoints import save_small, save_text, save_with_holes
 from jobs.bench.hub import Hub
 from jobs.bench.timing import device_line
-from jobs.screen import console, size
+from jobs.screen.console import console, size
 from pipeline.running.runner import run_steps
 from pipeline.running.work import run_group
 from pipeline.steps.outcome import Listener, Outcome, Started

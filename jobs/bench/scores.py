@@ -17,8 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from jobs.bench.models import check_known
 from jobs.bench.timing import device, device_line, seconds_of
-from jobs.fitted_table import Column, FittedTable
-from jobs.screen import console
+from jobs.screen.console import console
+from jobs.screen.fitted_table import Column, FittedTable
 from lorc_core.attention.scores.choice import CHOICES, key_scores, setting_of
 from lorc_core.attention.scores.interpolated import interpolated_scores, interpolation_of
 from lorc_core.attention.scores.rebuilt import UnrotatedKeys, rebuilt_scores

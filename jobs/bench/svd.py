@@ -14,8 +14,8 @@ from rich.console import Console
 from torch import Tensor
 
 from jobs.bench.timing import best_seconds_of, device_line
-from jobs.fitted_table import Column, FittedTable
-from jobs.screen import console
+from jobs.screen.console import console
+from jobs.screen.fitted_table import Column, FittedTable
 from lorc_core.decomposition.decompose import decompose_weight
 from lorc_core.decomposition.left_singular import left_singular, left_singular_by_gram, left_singular_by_qr
 from lorc_core.model.blocks import Partition

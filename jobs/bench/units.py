@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from jobs.bench.generated_zoo import write_generated_zoo
 from jobs.bench.timed_run import StepTime, TimedRun, timed_run
 from jobs.bench.timing import best_cpu_seconds_of, best_seconds_of, device_line, seconds_of
-from jobs.fitted_table import Column, FittedTable
-from jobs.screen import console
+from jobs.screen.console import console
+from jobs.screen.fitted_table import Column, FittedTable
 from lorc_core.decomposition import symmetric
 from lorc_core.manifest import file_sha256
 from lorc_core.model.architecture import architecture_of

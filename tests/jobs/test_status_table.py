@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import pytest
 from rich.console import Console
 
-from jobs.progress import StepProgress
-from jobs.screen import duration
-from jobs.status_table import StatusView
+from jobs.screen.console import duration
+from jobs.screen.progress import StepProgress
+from jobs.screen.status_table import StatusView
 from lorc_core.errors import ArtifactError
 from pipeline.status.status import (
     STAGE_OF,

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from jobs.fitted_table import Column, FittedTable
-from jobs.results_table import results_table
-from jobs.screen import size
+from jobs.screen.console import size
+from jobs.screen.fitted_table import Column, FittedTable
+from jobs.screen.results_table import results_table
 from jobs.show_methods import AXES, methods_table
 from jobs.show_spectrum import choices_table, floats_tables, spectrum_table
 from lorc_core.methods import METHODS

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from jobs.fitted_table import Cell, Column, FittedTable
-from jobs.screen import size
+from jobs.screen.console import size
+from jobs.screen.fitted_table import Cell, Column, FittedTable
 from pipeline.results import Result, Unscored
 
 TITLE = "loss in nats per token, its rise over the baseline ± paired standard error"

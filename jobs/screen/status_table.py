@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from jobs.fitted_table import Column, FittedTable
-from jobs.screen import duration
+from jobs.screen.console import duration
+from jobs.screen.fitted_table import Column, FittedTable
 from pipeline.status.status import STAGES, Count, ModelStatus, Running, Status
 
 LEGEND = "✓ done  ▸ runs  ✗ failed  - cannot run, since what it needs failed"

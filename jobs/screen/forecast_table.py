@@ -1,7 +1,7 @@
 """A simulated run as a table: each model's GPUs, work, and time from the start; and what the whole cluster does."""
 
-from jobs.fitted_table import Column, FittedTable
-from jobs.screen import duration, size
+from jobs.screen.console import duration, size
+from jobs.screen.fitted_table import Column, FittedTable
 from pipeline.simulation.forecast import Forecast, ModelForecast, busy_shares
 from pipeline.zoo.sections import GIB
 

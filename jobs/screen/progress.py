@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
-from jobs.status_table import StatusView
+from jobs.screen.status_table import StatusView
 from pipeline.status.watch import Watch
 from pipeline.steps.outcome import Outcome
 
