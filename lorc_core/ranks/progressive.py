@@ -67,7 +67,7 @@ class Progressive(Schedule):
 
     def least_rank(self, width: int) -> int:
         """`min_rank`, as a multiple."""
-        return self.at_least(self.min_rank, width)
+        return self.at_least(float(self.min_rank), width)
 
     def floor(self, width: int) -> int:
         """The least rank while the target allows it."""

@@ -121,8 +121,8 @@ def next_on_ray(
     """Places of the ready batches to give to Ray now, in order; never none while none runs.
 
     Ray is given little more than its nodes can begin at once, so that what is ready later and has more behind it can
-    go before. Several GPUs are given at once and are one node's; until such a batch has begun, no other is given a
-    GPU, or small ones would keep it waiting for ever.
+    go before. Several GPUs, or CPUs, are one node's and are given at once. Until such a batch has begun, no other is
+    given a GPU, and no more is given than the CPUs can begin, or small ones would keep it waiting for ever.
 
     Args:
         waiting: Batches that were not given yet.
@@ -134,13 +134,14 @@ def next_on_ray(
     needs = [batch.need for batch in running if batch.need is not None]
     cpus, gpus = sum(need.num_cpus for need in needs), sum(need.num_gpus for need in needs)
     gpus_are_free = not any(gathers_gpus(batch, begun) for batch in running)
+    ahead = 1 if any(gathers_cpus(batch, begun) for batch in running) else GIVEN_AHEAD
     models = set(in_flight)
     found: list[int] = []
     # Where no other model may begin, thousands of its batches need not be looked at.
     full = len(models) >= room.models_in_flight
     for place in merge(*(waiting.ready_of[model] for model in models)) if full else waiting.ready:
         batch = waiting.batches[place]
-        if cpus >= GIVEN_AHEAD * room.num_cpus:
+        if cpus >= ahead * room.num_cpus:
             break
         if batch.need is None:
             continue
@@ -152,6 +153,7 @@ def next_on_ray(
                 continue
             gpus_are_free = batch.need.num_gpus <= 1
         cpus, gpus = cpus + batch.need.num_cpus, gpus + batch.need.num_gpus
+        ahead = 1 if batch.need.num_cpus > 1 else ahead
         models.add(batch.model)
         found.append(place)
     if found or running:
@@ -164,3 +166,9 @@ def gathers_gpus(batch: Batch, begun: Collection[str]) -> bool:
     """Whether it waits for several GPUs of one node."""
     assert batch.need is not None
     return batch.need.num_gpus > 1 and not any(step.key in begun for step in batch.steps)
+
+
+def gathers_cpus(batch: Batch, begun: Collection[str]) -> bool:
+    """Whether it waits for several CPUs of one node."""
+    assert batch.need is not None
+    return batch.need.num_cpus > 1 and not any(step.key in begun for step in batch.steps)

@@ -119,6 +119,16 @@ def test_a_task_of_several_gpus_is_not_starved_by_small_ones():
     assert max(ended for _, ended in found.values()) == 6
 
 
+def test_a_task_of_several_cpus_is_not_starved_by_small_ones():
+    """Small tasks run when it becomes ready, and others wait: it starts when those that were given before have ended."""
+    first = step(50, 1)
+    large = step(100, 10, first, need=Need(4))
+    small = [step(number, 2) for number in range(40)]
+    found = times(run([first, large, *small], nodes(cpus=4)))
+    assert found[100][0] <= 1 + 2 * 2 + 2
+    assert max(ended for _, ended in found.values()) < 40
+
+
 def test_new_workers_import_once_and_those_with_a_gpu_each_time():
     pace = Pace(start_s=10, end_s=2, worker_s=3, task_s=0.5)
     chain = [step(0, 1)]
