@@ -138,7 +138,7 @@ def position_average(
     return averaged
 
 
-def _mean_turn(angle: Float[Tensor, "j k"], num_positions: int) -> Complex[Tensor, "j k"]:
+def _mean_turn(angle: Float[Tensor, "*j"], num_positions: int) -> Complex[Tensor, "*j"]:
     """Mean of exp(i p angle) over p = 0 .. num_positions - 1: a geometric sum."""
     half = angle / 2
     # sin(n h) / (n sin h), which is 1 at h = 0; no other zero of sin h is met, as no pair turns by 2 pi a position

@@ -24,4 +24,4 @@ def predicted_rise(spectra: Sequence[LayerSpectrum], ranks: RankSchedule) -> flo
 
 def cut_energy(energies: Energies, ranks: Sequence[int]) -> float:
     """What is past the rank of each block, of all blocks together."""
-    return sum(sum(block[rank:]) for block, rank in zip(energies, ranks, strict=True))
+    return sum((sum(block[rank:]) for block, rank in zip(energies, ranks, strict=True)), 0.0)
