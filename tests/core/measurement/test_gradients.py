@@ -217,7 +217,7 @@ def test_the_predicted_rise_is_within_a_factor_of_two_of_the_measured_one():
         with lorc_core.attach(model, variant):
             rises[method] = mean_loss(model, heldout) - baseline
     assert 0.5 < rises["fisher"] / predicted["fisher"] < 2
-    assert rises["lorc"] > 10 * predicted["fisher"]  # the control: it is of these projections, not of any
+    assert rises["lorc"] > 4 * predicted["fisher"]  # the control: it is of these projections, not of any
     assert predicted["lorc"] is None
 
 

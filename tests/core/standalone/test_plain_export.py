@@ -249,7 +249,7 @@ def test_a_new_process_that_cannot_import_lorc_loads_it(tmp_path):
         ("llama", "lorc", Uniform(), ConfigError, "layer 0 keys: lorc projects them by block joint; .*kq_svd"),
         ("llama-mqa", "kq_joint", Uniform(), ConfigError, "layer 0 keys: kq_joint projects them before the rotation"),
         ("llama", "phasor_freq", Uniform(), ConfigError, "layer 0 keys: phasor_freq projects them by block frequency"),
-        ("llama", "kq_svd", Energy(), ConfigError, "layer [012] (keys|values): rank [0-9], where others have [0-9]"),
+        ("llama", "kq_svd", Energy(), ConfigError, "layer [012] (keys|values): rank [0-9]+, where others have [0-9]+"),
         ("llama", "kq_svd", Uniform(skip_layers=(1,)), ConfigError, "layer 1 keys: full width kept, .*uniform"),
         ("gemma", "kq_svd", Uniform(), UnsupportedModelError, "gemma: no plain export of such models; there is for"),
     ],
