@@ -178,8 +178,8 @@ def compress(
         calibration: For methods and schedules that measure: token ids (sequences, tokens), the path of a text file,
             or a list of texts.
         calibration_tokens: How many tokens of a text are used, those at its beginning; token ids are used whole.
-        context_tokens: Of the longest text that the cache will hold; the model's longest input if absent. Keys after
-            the rotation that are calibrated on shorter windows are averaged over so many positions.
+        context_tokens: Of the longest text that the cache will hold. Keys after the rotation that are calibrated on
+            shorter windows are averaged over so many positions; if absent they know those of the windows alone.
         dtype: That of the stored factors; `attach` casts them to the model's.
 
     Raises:

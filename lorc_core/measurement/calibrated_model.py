@@ -89,8 +89,8 @@ class CalibratedModel:
 
         Args:
             method: What is measured for.
-            context_tokens: Positions that will be used; the model's longest input if absent, and then a warning says
-                so, since an average over positions that are not used costs.
+            context_tokens: Positions that will be used. If absent nothing is averaged, since an average over positions
+                that are never used costs, and a warning says which are known.
 
         Raises:
             ConfigError: The model does not read so many tokens, or there are too few for the method.
@@ -115,17 +115,17 @@ class CalibratedModel:
     ) -> tuple[LayerMoments, ...]:
         """Keys after the rotation averaged over positions, where the windows do not span them; see `moments`."""
         longest, window = self.architecture.max_tokens, self.sequences.shape[1]
-        context = longest if context_tokens is None else context_tokens
-        if window >= context or not (method.measures_rotated and self.architecture.rotary):
+        if window >= (context_tokens or longest) or not (method.measures_rotated and self.architecture.rotary):
             return measured
         if context_tokens is None:
             warnings.warn(
-                f"method {method.name}: rotated keys are calibrated on windows of {window} tokens and averaged over "
-                f"{context} positions, the model's longest input; pass context_tokens, or longer windows",
+                f"method {method.name}: rotated keys are calibrated on windows of {window} tokens and know no later "
+                f"position of the model's {longest}; pass context_tokens, those of the longest text, or longer windows",
                 stacklevel=4,
             )
+            return measured
         return tuple(
-            over_positions(layer, self.architecture, layer_idx, context) for layer_idx, layer in enumerate(measured)
+            over_positions(layer, self.architecture, idx, context_tokens) for idx, layer in enumerate(measured)
         )
 
     def counted(self, doing: str) -> Iterator[Int[Tensor, "_ _"]]:
