@@ -8,8 +8,8 @@ from transformers import PreTrainedConfig
 from lorc_core.caches.memory import bytes_per_token, full_floats_per_token
 from lorc_core.errors import ArtifactError, ConfigError, LorcError
 from lorc_core.model.architecture import Architecture, architecture_of
-from pipeline.device_map import Device, Held, device_plan
-from pipeline.evaluation import DTYPES
+from pipeline.evaluation.device_map import Device, Held, device_plan
+from pipeline.evaluation.losses import DTYPES
 from pipeline.factor_bound import most_factor_floats
 from pipeline.registry.tracking import default_tracking_uri
 from pipeline.steps.failures import logged_failure

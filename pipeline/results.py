@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.candidates import candidates, registration
-from pipeline.gates import Rise, reasons_to_refuse, text_rise
+from pipeline.evaluation.gates import Rise, reasons_to_refuse, text_rise
 from pipeline.steps.graph import ModelSteps, VariantSteps
 from pipeline.storage.tables import read_rows
 from pipeline.zoo_run import ZooRun

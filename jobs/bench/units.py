@@ -34,7 +34,7 @@ from pipeline.costs import operations
 from pipeline.costs.operations import ALGEBRA, Algebra, Operation
 from pipeline.costs.units import Fixed, UnitCosts
 from pipeline.costs.work import forward_flops
-from pipeline.evaluation import window_losses
+from pipeline.evaluation.losses import window_losses
 from pipeline.steps.step import ModelSize
 from pipeline.zoo.sections import Dtype
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from pipeline.gates import reasons_to_refuse
+from pipeline.evaluation.gates import reasons_to_refuse
 from pipeline.registry.versions import CANDIDATE, Registered, connect, find_version, read_version
 from pipeline.zoo.sections import Gates
 

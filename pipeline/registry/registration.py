@@ -21,7 +21,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from lorc_core.manifest import write_manifest
 from lorc_core.variant import load_variant
-from pipeline.gates import text_rise
+from pipeline.evaluation.gates import text_rise
 from pipeline.registry.versions import DETAILS_TAG, EVALUATION_PATH, connect
 from pipeline.storage.artifacts import WINDOWS_FILE
 from pipeline.storage.tables import read_rows

@@ -29,7 +29,7 @@ class SharedModel:
 
     def loaded(self, step: ModelStep, store: Store) -> "PreTrainedModel":
         """What loading it raised once, it raises for every step."""
-        from pipeline.evaluation import loaded_model
+        from pipeline.evaluation.losses import loaded_model
 
         if self.failure is not None:
             raise self.failure

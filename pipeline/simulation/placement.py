@@ -7,8 +7,8 @@ from functools import lru_cache
 from transformers import PreTrainedConfig
 
 from lorc_core.errors import ArtifactError, ConfigError
-from pipeline.device_map import Device, Held, device_plan
-from pipeline.evaluation import DTYPES
+from pipeline.evaluation.device_map import Device, Held, device_plan
+from pipeline.evaluation.losses import DTYPES
 from pipeline.simulation.cluster import DeclaredCluster, NodeKind
 from pipeline.simulation.planned import config_of
 from pipeline.zoo.models import ResolvedModel

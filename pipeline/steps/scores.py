@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from lorc_core.manifest import checked_file
 from lorc_core.variant import load_variant
-from pipeline.gates import fell, losses_of, paired_rise, standard_error
+from pipeline.evaluation.gates import fell, losses_of, paired_rise, standard_error
 from pipeline.registry.tracking import artifact_root
 from pipeline.steps.step import FileStep, Input, ModelStep, Need, Place, Recipe
 from pipeline.steps.texts import WindowsStep, longest, windows_of
@@ -111,7 +111,7 @@ class EvaluateStep(ModelStep):
     def scored(self, store: Store, model: "PreTrainedModel", share: int = 0, num_shares: int = 1) -> list[TextLosses]:
         """Every text, or one of the equal shares of its batches."""
         from lorc_core.attention.attach import attach
-        from pipeline.evaluation import losses_and_bytes
+        from pipeline.evaluation.losses import losses_and_bytes
 
         variant = None if self.variant is None else load_variant(store.path(self.variant))
         factor_bytes = 0 if variant is None else variant.factor_floats * model.dtype.itemsize
@@ -212,7 +212,7 @@ class RegressStep(ModelStep):
     def run(self, output: Path, store: Store, model: "PreTrainedModel") -> None:
         from lorc_core.attention.attach import attach
         from lorc_core.loading import check_base
-        from pipeline.evaluation import window_losses
+        from pipeline.evaluation.losses import window_losses
 
         variant = load_variant(self.variant_dir)
         check_base(self.loads.location.directory(weights=True), variant)

@@ -51,7 +51,7 @@ class VariantStep(FileStep):
     trained: Input[TrainStep | None] = None
 
     def run(self, output: Path, store: Store) -> None:
-        from pipeline.evaluation import DTYPES
+        from pipeline.evaluation.losses import DTYPES
 
         dtype, ranks = DTYPES[self.dtype], load_ranks(store.path(self.ranks))
         factors = tuple(

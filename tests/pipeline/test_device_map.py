@@ -14,9 +14,9 @@ from lorc_core.caches.memory import full_floats_per_token
 from lorc_core.errors import ArtifactError
 from lorc_core.model.architecture import architecture_of
 from lorc_core.model.stored.checkpoint import read_config
-from pipeline import evaluation
-from pipeline.device_map import activations, device_plan
-from pipeline.evaluation import loaded_model, window_losses
+from pipeline.evaluation import losses
+from pipeline.evaluation.device_map import activations, device_plan
+from pipeline.evaluation.losses import loaded_model, window_losses
 from tests.models import save_tiny_model, tiny_model
 from tests.paths import REPOSITORY
 
@@ -202,12 +202,12 @@ def test_what_scoring_takes_where_layers_are_most_of_it_is_what_was_planned(atte
 def test_a_model_partly_on_the_disk_scores_bit_for_bit_as_a_whole_one(tmp_path, monkeypatch, name, method):
     directory = save_tiny_model(name, tmp_path / name)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(evaluation.tempfile, "tempdir", None)
+    monkeypatch.setattr(losses.tempfile, "tempdir", None)
     windows = np.random.default_rng(0).integers(3, 1000, (6, 20))
     variant = None if method is None else lorc_core.compress(directory, method, 0.5, "uniform")
     scored, on_disk = [], []
     for memory in (GIB, {"llama": 1_400_000, "opt": 1_150_000}[name]):
-        monkeypatch.setattr(evaluation, "get_max_memory", lambda memory=memory: {"cpu": memory})
+        monkeypatch.setattr(losses, "get_max_memory", lambda memory=memory: {"cpu": memory})
         with loaded_model(directory, "float32", batch_size=2, window_tokens=20) as model:
             on_disk.append(sum(parameter.is_meta for parameter in model.parameters()))
             with nullcontext() if variant is None else lorc_core.attach(model, variant):

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 import lorc_core
 from lorc_core.errors import ArtifactError, ConfigError, NumericsError
 from lorc_core.model.stored.checkpoint import read_config
-from pipeline.device_map import device_plan
-from pipeline.evaluation import loaded_model, window_losses
+from pipeline.evaluation.device_map import device_plan
+from pipeline.evaluation.losses import loaded_model, window_losses
 from pipeline.zoo.texts import Text, load_rows, pin_windows, text_tokens, token_stream, tokenizer_identity
 from tests.models import tiny_model
 from tests.paths import REPOSITORY

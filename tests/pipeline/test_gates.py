@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lorc_core.errors import ArtifactError
-from pipeline.gates import fell, paired_rise, reasons_to_refuse
+from pipeline.evaluation.gates import fell, paired_rise, reasons_to_refuse
 from pipeline.zoo.sections import Gates
 
 GATES = Gates(max_perplexity_rise=0.05, min_recovery=0.9)

@@ -21,7 +21,7 @@ from lorc_core.caches.memory import cache_bytes
 from lorc_core.errors import ArtifactError, NumericsError, first_line
 from lorc_core.model.stored.checkpoint import read_config
 from lorc_core.model.stored.integrity import check_model
-from pipeline.device_map import device_plan
+from pipeline.evaluation.device_map import device_plan
 from pipeline.zoo.sections import ELEMENT_BYTES
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ELEMENT_BYTES}
