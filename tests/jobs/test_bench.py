@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from jobs.bench import calibrate as bench_calibrate
+from jobs.bench import checkpoints
 from jobs.bench import plan as bench_plan
 from jobs.bench import scores as bench_scores
 from jobs.bench import units as bench_units
@@ -14,6 +15,7 @@ from jobs.bench.capacity import Capacity, largest
 from jobs.bench.models import Subject, bench_model
 from jobs.bench.svd import accuracy_table, relative_error, weight_of_condition
 from jobs.bench.timed_run import StepTime, TimedRun
+from lorc_core.model.stored.integrity import check_model
 from pipeline.costs.units import default_units
 from pipeline.simulation.forecast import forecast
 from pipeline.zoo.file import load_zoo
@@ -28,6 +30,20 @@ def test_bench_matrices_have_their_condition_and_errors_are_relative():
     assert (spectrum[0] / spectrum[-1]).item() == pytest.approx(1e4, rel=1e-9)
     assert relative_error(spectrum * (1 + 1e-6), spectrum) == pytest.approx(1e-6, rel=1e-6)
     assert len(accuracy_table(16, 32).rows) == 6
+
+
+def test_a_checkpoint_with_holes_is_whole_and_takes_no_more_of_the_disk_than_keys_and_values(tmp_path, monkeypatch):
+    monkeypatch.setitem(checkpoints.LLAMA_70B, "intermediate_size", 4096)
+    monkeypatch.setitem(checkpoints.LLAMA_70B, "hidden_size", 1024)
+    monkeypatch.setitem(checkpoints.LLAMA_70B, "num_attention_heads", 8)
+    num_bytes = checkpoints.save_with_holes(tmp_path / "model", 2)
+    assert num_bytes == 2 * 2 * 1024 * 1024 * 2  # layers, kinds, a square, bfloat16
+    checkpoint = check_model(tmp_path / "model")
+    read = {name: checkpoint.read(f"layers.1.self_attn.{name}_proj.weight").float() for name in ("q", "k", "v")}
+    assert [tensor.abs().max() > 0 for tensor in read.values()] == [False, True, True]
+    files = list((tmp_path / "model").glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) > 20 * num_bytes
+    assert sum(file.stat().st_blocks * 512 for file in files) < 1.1 * num_bytes
 
 
 def test_bench_calibrate_prints_ratios(lorc, monkeypatch):
