@@ -97,12 +97,15 @@ class Work:
             self.skip_broken(place)
         self.refuse_impossible()
         while self.waiting or self.running:
-            for batch in self.spread(self.waiting.take(self.next_on_ray())):
+            chosen = self.waiting.take(self.next_on_ray())
+            for batch in self.spread(chosen):
                 self.submit(batch)
             here = [place for place in self.waiting.ready if self.waiting.batches[place].need is None][:1]
             for batch in self.waiting.take(here):
                 self.run_here(batch.steps)
-            assert here or self.running or not self.waiting, "a step needs one that is neither done nor to be run"
+            assert chosen or here or self.running or not self.waiting, (
+                "a step needs one that is neither done nor to be run"
+            )
             if self.running:
                 self.receive(0 if here else LOOK_S)
 

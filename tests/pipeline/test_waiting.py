@@ -5,8 +5,13 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.running.nodes import NodeKind
+from pipeline.running.runner import Work
 from pipeline.running.waiting import WaitingBatches, batches_of
-from pipeline.steps.step import FileStep, Input, Recipe, Step
+from pipeline.steps.outcome import Listener
+from pipeline.steps.step import FileStep, Input, Need, Recipe, Step
+from pipeline.storage.store import Store
+from pipeline.zoo.sections import Cluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,3 +93,14 @@ def test_every_step_runs_once_and_after_its_inputs(inputs, random):
         ended.append(step.key)
         waiting.end(step.key)
     assert sorted(ended) == sorted(step.key for step in steps)
+
+
+def test_batches_that_no_node_can_run_any_more_fail_one_after_another(tmp_path, monkeypatch):
+    """The node was there when the run began: the first of them is told, and the others are not lost."""
+    steps = [WaitStep(model="m", number=number, need=Need(2)) for number in range(3)]
+    work = Work(steps, {}, Store(tmp_path), Cluster(), Listener())
+    monkeypatch.setattr(work, "refuse_impossible", lambda: None)
+    work.nodes.known = [NodeKind({"CPU": 1})]
+    work.finish()
+    errors = [work.outcomes[step.key].error for step in steps]
+    assert errors == ["no node of the cluster can give CPU 2; its nodes have: CPU 1, GPU 0, memory 0"] * 3
