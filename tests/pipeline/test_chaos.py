@@ -14,7 +14,7 @@ from tests.models import save_tiny_model
 from tests.paths import DEMO
 from tests.zoos import TABLES, rows
 
-KILL_EVERY_S = 20
+KILL_EVERY_S = 10
 # Many models of short steps: what is killed is soon done again, and the zoo lasts longer than three kills.
 ARCHITECTURES = ("llama", "llama-mha", "qwen2", "opt", "gpt2", "gpt_neox")
 MODELS_EACH = 2
