@@ -10,7 +10,6 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 ON_RAY = {
-    "tests/infra/test_compose.py",  # beside another cluster its dashboard was lost, twice in three runs
     "tests/jobs/test_cli.py",
     "tests/jobs/test_status.py",
     "tests/pipeline/test_calibrated_run.py",
