@@ -124,14 +124,10 @@ class Services:
         raise AssertionError(f"{name} does not answer:\n{log.read_text()[-4000:]}")
 
     def run(self, name):
-        """Run a service that ends; once more where Ray's job server hangs up on it, as one who waits for it would."""
-        for _ in range(2):
-            done = subprocess.run(
-                self.command(name), env=self.environment(name), capture_output=True, text=True, cwd=self.place
-            )
-            if "RemoteDisconnected" not in done.stderr:
-                break
-        return done
+        """Run a service that ends."""
+        return subprocess.run(
+            self.command(name), env=self.environment(name), capture_output=True, text=True, cwd=self.place
+        )
 
     def start_postgres(self):
         """As the image does: a database, and a user with a password, who owns it."""
