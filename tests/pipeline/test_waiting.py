@@ -1,5 +1,6 @@
 """The order of steps: each after its inputs, and the one with the longest chain behind it first."""
 
+import math
 from dataclasses import dataclass
 
 from hypothesis import given
@@ -100,7 +101,7 @@ def test_batches_that_no_node_can_run_any_more_fail_one_after_another(tmp_path, 
     steps = [WaitStep(model="m", number=number, need=Need(2)) for number in range(3)]
     work = Work(steps, {}, Store(tmp_path), Cluster(), Listener())
     monkeypatch.setattr(work, "refuse_impossible", lambda: None)
-    work.nodes.known = [NodeKind({"CPU": 1})]
+    work.nodes.known, work.nodes.asked_at = [NodeKind({"CPU": 1})], math.inf  # where a cluster is there, too
     work.finish()
     errors = [work.outcomes[step.key].error for step in steps]
     assert errors == ["no node of the cluster can give CPU 2; its nodes have: CPU 1, GPU 0, memory 0"] * 3
