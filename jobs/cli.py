@@ -64,7 +64,7 @@ def plan(
 ) -> None:
     """Show what would run, what is done, and cache sizes before and after, from the configs alone."""
     checked = load_zoo(zoo)  # before what takes seconds to import
-    from jobs.show_plan import show_plan
+    from jobs.show.plan import show_plan
 
     raise typer.Exit(show_plan(checked, workdir, cluster))
 
@@ -99,7 +99,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Show it until the run ends.")] = False,
 ) -> None:
     """Show how a run stands, from any terminal, while it runs and after; exit code 1 if anything failed, or it died."""
-    from jobs.show_status import show_status
+    from jobs.show.status import show_status
 
     raise typer.Exit(show_status(workdir, watch=watch))
 
@@ -111,7 +111,7 @@ def logs(
     variant: Annotated[str | None, typer.Argument(metavar="[VARIANT]", help="Its label in the tables.")] = None,
 ) -> None:
     """Print the traces of the steps of a model that failed."""
-    from jobs.show_logs import show_logs
+    from jobs.show.logs import show_logs
 
     raise typer.Exit(show_logs(workdir, model, variant))
 
@@ -178,7 +178,7 @@ def export(
 @app.command()
 def methods() -> None:
     """List the presets with their axes and sources."""
-    from jobs.show_methods import show_methods
+    from jobs.show.methods import show_methods
 
     raise typer.Exit(show_methods())
 
@@ -187,7 +187,7 @@ def methods() -> None:
 def spectrum(zoo: ZooFile, workdir: Workdir = WORKDIR) -> None:
     """Show per layer the conditions, effective ranks and ranks by schedule and, with calibration, the best preset."""
     checked = load_zoo(zoo)
-    from jobs.show_spectrum import show_spectrum
+    from jobs.show.spectrum import show_spectrum
 
     raise typer.Exit(show_spectrum(checked, workdir))
 
@@ -205,7 +205,7 @@ def bench_scale(
     repeats: Annotated[int, typer.Option(help="Of the stage that two workers share with one.", min=1)] = 5,
 ) -> None:
     """What is read of a model of 70B, what a step costs beside its work, what a second worker is worth."""
-    from jobs.bench.scale import main as bench_scale_main
+    from jobs.bench.zoos.scale import main as bench_scale_main
 
     bench_scale_main(repeats)
 
@@ -276,7 +276,7 @@ def bench_units(
     output: Annotated[Path | None, typer.Option(help="Write them to this file, for `lorc plan --cluster`.")] = None,
 ) -> None:
     """Unit costs of this machine: rates of linear algebra and of models, and what small steps take."""
-    from jobs.bench.units import main as bench_units_main
+    from jobs.bench.zoos.units import main as bench_units_main
 
     bench_units_main(output)
 
@@ -286,7 +286,7 @@ def bench_plan(
     units: Annotated[Path | None, typer.Option(help="Unit costs of this machine; measured now if absent.")] = None,
 ) -> None:
     """The simulated time of a local run against the measured one."""
-    from jobs.bench.plan import main as bench_plan_main
+    from jobs.bench.zoos.plan import main as bench_plan_main
 
     bench_plan_main(units)
 

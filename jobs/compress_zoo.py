@@ -54,7 +54,7 @@ def summary(done: ZooRun) -> str:
     if count["failed"]:
         failed = ", ".join(dict.fromkeys(outcome.model for outcome in done.failures))
         lines.append(
-            f"[red]{count['failed']} steps failed and {count['skipped']} that need them were skipped: {failed}[/red]"
+            f"[red]steps failed: {count['failed']}, skipped since they need those: {count['skipped']}; {failed}[/red]"
         )
     return "\n".join(lines)
 

@@ -20,7 +20,7 @@ from pipeline.costs.seconds import seconds_of
 from pipeline.running.connection import check_reachable, connected
 from pipeline.running.nodes import Nodes
 from pipeline.running.replicas import Replicas, can_spread, gpus_of
-from pipeline.running.waiting import Batch, Room, WaitingBatches, batches_of, gathers_gpus, next_on_ray
+from pipeline.running.waiting import Batch, Room, WaitingBatches, batches_of, needs_of_pending, next_on_ray
 from pipeline.steps.outcome import Listener, Milestone, Outcome, Started
 from pipeline.steps.step import Step
 from pipeline.storage.store import Store
@@ -128,7 +128,8 @@ class Work:
 
     def spread(self, batches: list[Batch]) -> list[Batch]:
         """The same batches, or shares of evaluations where GPUs are free; what joins the shares waits for them."""
-        gather = any(gathers_gpus(batch, self.begun) for batch in (*batches, *self.running.values()))
+        pending = needs_of_pending((*batches, *self.running.values()), self.begun)
+        gather = any(need.num_gpus > 1 for need in pending)
         if gather or not any(can_spread(batch.steps) for batch in batches):
             return batches
         whole = ray.cluster_resources()

@@ -2,7 +2,7 @@
 
 from bisect import insort
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import merge
 
@@ -133,8 +133,9 @@ def next_on_ray(
     """
     needs = [batch.need for batch in running if batch.need is not None]
     cpus, gpus = sum(need.num_cpus for need in needs), sum(need.num_gpus for need in needs)
-    gpus_are_free = not any(gathers_gpus(batch, begun) for batch in running)
-    ahead = 1 if any(gathers_cpus(batch, begun) for batch in running) else GIVEN_AHEAD
+    pending = needs_of_pending(running, begun)
+    gpus_are_free = not any(need.num_gpus > 1 for need in pending)
+    ahead = 1 if any(need.num_cpus > 1 for need in pending) else GIVEN_AHEAD
     models = set(in_flight)
     found: list[int] = []
     # Where no other model may begin, thousands of its batches need not be looked at.
@@ -162,13 +163,7 @@ def next_on_ray(
     return [place for place in waiting.ready if waiting.batches[place].need is not None][:1]
 
 
-def gathers_gpus(batch: Batch, begun: Collection[str]) -> bool:
-    """Whether it waits for several GPUs of one node."""
-    assert batch.need is not None
-    return batch.need.num_gpus > 1 and not any(step.key in begun for step in batch.steps)
-
-
-def gathers_cpus(batch: Batch, begun: Collection[str]) -> bool:
-    """Whether it waits for several CPUs of one node."""
-    assert batch.need is not None
-    return batch.need.num_cpus > 1 and not any(step.key in begun for step in batch.steps)
+def needs_of_pending(batches: Iterable[Batch], begun: Collection[str]) -> list[Need]:
+    """Of the batches that wait for a worker."""
+    pending = (batch for batch in batches if not any(step.key in begun for step in batch.steps))
+    return [batch.need for batch in pending if batch.need is not None]

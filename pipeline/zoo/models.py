@@ -52,16 +52,7 @@ class ResolvedModel:
 
 
 def resolve(entry: ModelEntry, store: Store, *, fetch_missing: bool = True) -> ResolvedModel:
-    """Find a model, read its architecture, check that it is whole; of one elsewhere no weights are fetched.
-
-    Args:
-        entry: From the zoo file.
-        store: Remembers which models were found whole.
-        fetch_missing: Whether what is not on disk may be fetched.
-
-    Raises:
-        LorcError: As `find` and `check_whole` do.
-    """
+    """`find` a model and `check_whole`."""
     return check_whole(find(entry, store, fetch_missing=fetch_missing), store)
 
 
@@ -75,7 +66,7 @@ class FoundModel:
 
 
 def find(entry: ModelEntry, store: Store, *, fetch_missing: bool = True) -> FoundModel:
-    """Read what there is to know of a model before its weights; several may be read at a time, by threads.
+    """Read what there is to know of a model before its weights; of one elsewhere, and by threads, several at a time.
 
     Args:
         entry: From the zoo file.

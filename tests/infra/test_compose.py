@@ -96,7 +96,7 @@ def test_a_head_that_takes_no_jobs_is_not_healthy_and_other_commands_are(command
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # 195 s on two cores that had other work
 @pytest.mark.skipif(postgres_programs() is None, reason="PostgreSQL is not installed")
-@pytest.mark.skipif(" " in sys.prefix, reason="Ray 2.60's job server ends where its environment's path has a space")
+@pytest.mark.skipif(" " in sys.prefix, reason="Ray 2.60 starts no job from a path with a space")
 def test_the_services_run_a_zoo_as_plain_processes():
     with short_place() as place:
         folders = {"/zoo": place / "zoo", "/work": place / "work"}

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from jobs.bench import calibrate as bench_calibrate
-from jobs.bench import checkpoints
-from jobs.bench import plan as bench_plan
 from jobs.bench import scores as bench_scores
-from jobs.bench import units as bench_units
 from jobs.bench.capacity import Capacity, largest
 from jobs.bench.models import Subject, bench_model
 from jobs.bench.svd import accuracy_table, relative_error, weight_of_condition
-from jobs.bench.timed_run import StepTime, TimedRun
+from jobs.bench.zoos import checkpoints
+from jobs.bench.zoos import plan as bench_plan
+from jobs.bench.zoos import units as bench_units
+from jobs.bench.zoos.timed_run import StepTime, TimedRun
 from lorc_core.model.stored.integrity import check_model
 from pipeline.costs.units import default_units
 from pipeline.simulation.forecast import forecast

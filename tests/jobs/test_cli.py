@@ -364,7 +364,7 @@ def test_a_failed_model_gives_exit_code_1_and_the_others_finish(ray_cluster, lor
     code, out, _ = lorc("compress", zoo_file, "--workdir", tmp_path / "work")
     assert code == 1
     assert "small-lama does not exist" in " ".join(out.split())
-    assert "1 steps failed" in out
+    assert "steps failed: 1" in out
     assert len(list((tmp_path / "work" / "steps").glob("variant-*/manifest.json"))) == 2
 
 

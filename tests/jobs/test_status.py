@@ -197,6 +197,6 @@ def test_a_killed_run_died_and_one_that_goes_on_does_not(ray_cluster, tmp_path, 
 
 
 def test_status_imports_neither_torch_nor_ray(finished):
-    script = "import sys; from jobs.show_status import show_status; show_status(sys.argv[1], watch=False); sys.exit(bool({'torch', 'ray', 'mlflow', 'transformers'} & sys.modules.keys()))"
+    script = "import sys; from jobs.show.status import show_status; show_status(sys.argv[1], watch=False); sys.exit(bool({'torch', 'ray', 'mlflow', 'transformers'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", script, str(finished[1])], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

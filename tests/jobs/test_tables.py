@@ -11,8 +11,8 @@ from rich.text import Text
 from jobs.screen.console import size
 from jobs.screen.fitted_table import Column, FittedTable
 from jobs.screen.results_table import results_table
-from jobs.show_methods import AXES, methods_table
-from jobs.show_spectrum import choices_table, floats_tables, spectrum_table
+from jobs.show.methods import AXES, methods_table
+from jobs.show.spectrum import choices_table, floats_tables, spectrum_table
 from lorc_core.methods import METHODS
 from lorc_core.model.kinds import KINDS
 from pipeline.results import Result, Unscored

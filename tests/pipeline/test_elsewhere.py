@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jobs.bench.hub import Hub
+from jobs.bench.zoos.hub import Hub
 from tests.models import save_tiny_model
 from tests.servers import object_store
 from tests.zoos import rows, write_zoo

@@ -7,7 +7,9 @@ from lorc_core.errors import ConfigError
 from pipeline.costs.units import DEFAULT_UNITS
 from pipeline.simulation.cluster import load_cluster
 from pipeline.simulation.forecast import busy_shares, forecast
+from pipeline.simulation.placement import held_by_device
 from pipeline.zoo.file import load_zoo
+from pipeline.zoo.models import config_for_planning
 from pipeline.zoo.sections import GIB
 from tests.large_zoo import SHAPES, write_large_zoo
 
@@ -71,7 +73,11 @@ def test_a_405b_model_takes_a_node_and_its_memory(tmp_path):
     assert len(held) == 8
     assert max(held) <= 80 * GIB
     weights = 405_853_388_800 * 2
-    assert weights < sum(held) + model.placement.offloaded_bytes < 1.3 * weights  # with cache and activations
+    config = config_for_planning(model.entry).to_json_string()
+    shares = held_by_device(config, "bfloat16", 8, 80 * GIB, 1024 * GIB, 8, 2048)
+    assert sum(share.weight_bytes for share in shares.values()) == pytest.approx(weights, rel=1e-3)
+    assert [shares[gpu].total_bytes for gpu in range(8)] == list(held)
+    assert model.placement.offloaded_bytes == shares["cpu"].weight_bytes
     assert model.placement.offloaded_bytes > 100 * GIB
 
 

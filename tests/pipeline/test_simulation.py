@@ -1,7 +1,6 @@
 """The simulated schedule against ones counted by hand, and rules that no schedule may break."""
 
 import math
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
@@ -12,29 +11,8 @@ from pipeline.costs.seconds import StepSeconds
 from pipeline.simulation.cluster import Bandwidths
 from pipeline.simulation.nodes import Node
 from pipeline.simulation.schedule import Pace, simulate
-from pipeline.steps.step import FileStep, Input, Need, Recipe, Step
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimedStep(FileStep):
-    """Takes so many seconds; steps of one `together` are one task."""
-
-    name = "timed"
-    revision = 1
-
-    number: Recipe[int]
-    seconds: Recipe[float] = 1.0
-    reads: Recipe[int] = 0
-    together: Recipe[str | None] = None
-    after: Input[tuple[Step, ...]] = ()
-
-    @property
-    def group(self):
-        return self.together or self.key
-
-    def run(self, output, store):
-        pass
-
+from pipeline.steps.step import Need
+from tests.timed_steps import TimedStep
 
 ONE_CPU = Need()
 

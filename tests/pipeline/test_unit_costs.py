@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.bench.units import write_units
+from jobs.bench.zoos.units import write_units
 from lorc_core.errors import ConfigError
 from lorc_core.methods import METHODS
 from lorc_core.model.kinds import KeysValues

@@ -1,7 +1,6 @@
 """The order of steps: each after its inputs, and the one with the longest chain behind it first."""
 
 import math
-from dataclasses import dataclass
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,28 +9,10 @@ from pipeline.running.nodes import NodeKind
 from pipeline.running.runner import Work
 from pipeline.running.waiting import WaitingBatches, batches_of
 from pipeline.steps.outcome import Listener
-from pipeline.steps.step import FileStep, Input, Need, Recipe, Step
+from pipeline.steps.step import Need
 from pipeline.storage.store import Store
 from pipeline.zoo.sections import Cluster
-
-
-@dataclass(frozen=True, kw_only=True)
-class WaitStep(FileStep):
-    """Does nothing; steps of one `together` are one batch."""
-
-    name = "wait"
-    revision = 1
-
-    number: Recipe[int]
-    together: Recipe[str | None] = None
-    after: Input[tuple[Step, ...]] = ()
-
-    @property
-    def group(self):
-        return self.together or self.key
-
-    def run(self, output, store):
-        pass
+from tests.timed_steps import TimedStep
 
 
 def numbers(batches):
@@ -43,9 +24,9 @@ def ready(waiting):
 
 
 def test_a_batch_is_ready_when_the_last_input_of_its_steps_has_an_outcome():
-    first, second = WaitStep(model="m", number=1), WaitStep(model="m", number=2)
+    first, second = TimedStep(model="m", number=1), TimedStep(model="m", number=2)
     both = [
-        WaitStep(model="m", number=3 + idx, together="both", after=(step,)) for idx, step in enumerate((first, second))
+        TimedStep(model="m", number=3 + idx, together="both", after=(step,)) for idx, step in enumerate((first, second))
     ]
     waiting = WaitingBatches(batches_of([first, second, *both]), {}, {})
     assert ready(waiting) == [[1], [2]]
@@ -57,20 +38,20 @@ def test_a_batch_is_ready_when_the_last_input_of_its_steps_has_an_outcome():
 
 
 def test_the_longest_chain_comes_first_and_equal_ones_in_their_order():
-    steps = [WaitStep(model="m", number=number) for number in range(4)]
+    steps = [TimedStep(model="m", number=number) for number in range(4)]
     left_s = dict(zip((step.key for step in steps), (1.0, 5.0, 1.0, 9.0), strict=True))
     assert ready(WaitingBatches(batches_of(steps), {}, left_s)) == [[3], [1], [0], [2]]
     assert ready(WaitingBatches(batches_of(steps), {}, {})) == [[0], [1], [2], [3]]
 
 
 def test_what_is_known_is_not_waited_for():
-    first = WaitStep(model="m", number=1)
-    waiting = WaitingBatches(batches_of([WaitStep(model="m", number=2, after=(first,))]), {first.key}, {})
+    first = TimedStep(model="m", number=1)
+    waiting = WaitingBatches(batches_of([TimedStep(model="m", number=2, after=(first,))]), {first.key}, {})
     assert ready(waiting) == [[2]]
 
 
 def test_a_batch_whose_steps_are_all_skipped_waits_no_longer():
-    steps = [WaitStep(model="m", number=number, together="all") for number in range(3)]
+    steps = [TimedStep(model="m", number=number, together="all") for number in range(3)]
     waiting = WaitingBatches(batches_of(steps), {}, {})
     (place,) = waiting.ready
     waiting.keep(place, steps[1:])
@@ -81,10 +62,10 @@ def test_a_batch_whose_steps_are_all_skipped_waits_no_longer():
 
 @given(st.lists(st.lists(st.integers(0, 20), max_size=4), max_size=15), st.randoms())
 def test_every_step_runs_once_and_after_its_inputs(inputs, random):
-    steps: list[WaitStep] = []
+    steps: list[TimedStep] = []
     for number, earlier in enumerate(inputs):
         after = tuple({steps[idx % number].key: steps[idx % number] for idx in earlier}.values()) if number else ()
-        steps.append(WaitStep(model="m", number=number, after=after))
+        steps.append(TimedStep(model="m", number=number, after=after))
     waiting = WaitingBatches(batches_of(steps), {}, {step.key: random.random() for step in steps})
     ended: list[str] = []
     while waiting:
@@ -98,7 +79,7 @@ def test_every_step_runs_once_and_after_its_inputs(inputs, random):
 
 def test_batches_that_no_node_can_run_any_more_fail_one_after_another(tmp_path, monkeypatch):
     """The node was there when the run began: the first of them is told, and the others are not lost."""
-    steps = [WaitStep(model="m", number=number, need=Need(2)) for number in range(3)]
+    steps = [TimedStep(model="m", number=number, need=Need(2)) for number in range(3)]
     work = Work(steps, {}, Store(tmp_path), Cluster(), Listener())
     monkeypatch.setattr(work, "refuse_impossible", lambda: None)
     work.nodes.known, work.nodes.asked_at = [NodeKind({"CPU": 1})], math.inf  # where a cluster is there, too

@@ -119,11 +119,11 @@ def tokens(width, num_tokens, decay, seed):
 
 
 def rounding(keys, queries):
-    """Of an error from Gram matrices. Worst of 2,000 draws of `MANY_TOKENS`: 1.7e-15 of ||K||^2 ||Q||^2; ever: 1.1e-14.
+    """Of an error from Gram matrices. Worst of 2,000 draws of `MANY_TOKENS`: 1.7e-15 of ||K||^2 ||Q||^2.
 
     That is 3e-13 of the total energy ||K Q^T||^2, or more where keys and queries hardly meet.
     """
-    return 3e-14 * keys.norm() ** 2 * queries.norm() ** 2
+    return 1e-14 * keys.norm() ** 2 * queries.norm() ** 2
 
 
 MANY_TOKENS = {
@@ -150,7 +150,7 @@ def test_k_svd_gaps_equal_the_gaps_measured_on_tokens(width, num_keys, num_queri
         gap = error - spectrum[rank:].square().sum()
         printed = spectrum[:rank].square().sum() - (keys @ kept @ kept.T @ queries.T).square().sum()
         assert abs(gaps[rank] - gap) < slack
-        assert abs(gaps[rank] - printed) < slack
+        assert abs(gaps[rank] - printed) < 3 * slack  # itself a difference of two totals; worst seen 1.1 times slack
     assert (gaps > -slack).all()
 
 

@@ -25,6 +25,7 @@ from lorc_core.measurement.losses import mean_loss
 from lorc_core.methods import METHODS, Axes
 from lorc_core.model.architecture import architecture_of
 from lorc_core.ranks.prediction import predicted_rise
+from lorc_core.ranks.progressive import Progressive
 from lorc_core.ranks.schedules import WaterLevel, schedule_from_dict
 from tests.materialised import attention_modules, materialise_gradients
 from tests.models import GQA, tiny_model
@@ -211,13 +212,13 @@ def test_the_predicted_rise_is_within_a_factor_of_two_of_the_measured_one():
     windows = ids[: 64 * 128].view(64, 128)
     calibration, heldout = windows[::2], [windows[1::2]]
     baseline, rises, predicted = mean_loss(model, heldout), {}, {}
-    for method in ("fisher", "lorc"):
-        variant = lorc_core.compress(model, method, 0.2, calibration=calibration)
+    for method, schedule in (("fisher", None), ("lorc", Progressive(floor_kept_fraction=0.0))):
+        variant = lorc_core.compress(model, method, 0.2, schedule, calibration=calibration)
         predicted[method] = variant.ranks.predicted_rise
         with lorc_core.attach(model, variant):
             rises[method] = mean_loss(model, heldout) - baseline
     assert 0.5 < rises["fisher"] / predicted["fisher"] < 2
-    assert rises["lorc"] > 4 * predicted["fisher"]  # the control: it is of these projections, not of any
+    assert rises["lorc"] > 10 * predicted["fisher"]  # the control: it is of these projections, not of any
     assert predicted["lorc"] is None
 
 

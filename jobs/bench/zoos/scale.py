@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 import ray
 from rich.console import Console
 from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
-from jobs.bench.checkpoints import save_small, save_text, save_with_holes
-from jobs.bench.hub import Hub
 from jobs.bench.timing import device_line
+from jobs.bench.zoos.checkpoints import save_with_holes
+from jobs.bench.zoos.generated_zoo import write_generated_zoo, write_zoo
+from jobs.bench.zoos.hub import Hub
 from jobs.screen.console import console, size
 from pipeline.running.runner import run_steps
 from pipeline.running.work import run_group
@@ -42,28 +42,22 @@ LAYERS = (2, 10)  # of the large model; what grows from one to the other grows w
 MODELS, KEPT = 40, (0.75, 0.5, 0.25)
 STAGE_LAYERS = 36  # a stage of half a minute for one worker
 
-ZOO = """
-name: scale
-models:
-{models}
-variants:
-  - {{method: lorc, schedule: uniform, kept_fraction: [{kept}]}}
-evaluation:
-  texts: [{{name: numbers, source: numbers.txt}}]
-  window_tokens: 64
-  num_windows: 8
-cluster: {{models_in_flight: {in_flight}}}
-"""
+VARIANTS = [{"method": "lorc", "schedule": "uniform", "kept_fraction": list(KEPT)}]
+EVALUATION = {"window_tokens": 64, "num_windows": 8}
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
 
 
-def write_zoo(directory: Path, sources: dict[str, str], dtype: str) -> Path:
-    """A zoo file of models by their names, with its text."""
-    save_text(directory / "numbers.txt", 2000)
-    models = "\n".join(f"  - {{name: {name}, source: {source}, dtype: {dtype}}}" for name, source in sources.items())
-    kept = ", ".join(map(str, KEPT))
-    file = directory / "zoo.yaml"
-    file.write_text(ZOO.format(models=models, kept=kept, in_flight=len(sources)))
-    return file
+def zoo_of_large(directory: Path, source: str) -> Path:
+    """A zoo file of one large model."""
+    model = {"name": "large", "source": source, "dtype": "bfloat16"}
+    return write_zoo(directory, "scale", [model], VARIANTS, evaluation=EVALUATION)
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,7 @@ class Reading:
 def reading(directory: Path, num_layers: int) -> Reading:
     """Run `lorc compress` on a model that is on a hub, in a process of its own."""
     needed = save_with_holes(directory / "large", num_layers)
-    zoo_file = write_zoo(directory, {"large": "lab/large"}, "bfloat16")
+    zoo_file = zoo_of_large(directory, "lab/large")
     with Hub({"lab/large": directory / "large"}) as hub:
         environment = {
             "HF_ENDPOINT": hub.url,
@@ -164,10 +158,9 @@ class Scheduling:
 
 def scheduling(directory: Path) -> Scheduling:
     """Evaluate variants of many small models on a Ray of this process."""
-    for number in range(MODELS):
-        save_small(directory / f"small-{number}", seed=number)
-    sources = {f"small-{number}": f"./small-{number}" for number in range(MODELS)}
-    zoo = load_zoo(write_zoo(directory, sources, "float32"))
+    shapes = {f"small-{number}": SMALL for number in range(MODELS)}
+    cluster = {"models_in_flight": MODELS}
+    zoo = load_zoo(write_generated_zoo(directory, "scale", shapes, VARIANTS, evaluation=EVALUATION, cluster=cluster))
     clock = Clock()
     with workers(os.cpu_count() or 1) as num_workers:
         run = run_zoo(zoo, directory / "work", until="evaluate", listener=clock)
@@ -213,7 +206,7 @@ def workers(number: int) -> Iterator[int]:
 def decompositions(directory: Path) -> list[Step]:
     """The steps that decompose a model in a directory, of more layers."""
     save_with_holes(directory / "large", STAGE_LAYERS)
-    zoo = load_zoo(write_zoo(directory, {"large": "./large"}, "bfloat16"))
+    zoo = load_zoo(zoo_of_large(directory, "./large"))
     (model,), _ = plan_steps(zoo, Store(directory / "planned"), Listener(), Patience(0))
     return distinct(model.decompose["lorc"])
 
@@ -258,7 +251,6 @@ def main(repeats: int) -> None:
     """Print all figures."""
     screen = console()
     screen.print(device_line())
-    disable_progress_bar()  # of transformers, which writes the models
     with tempfile.TemporaryDirectory(prefix="lorc-bench-") as scratch:
         for name in ("reading", "scheduling", "workers"):
             (Path(scratch) / name).mkdir()

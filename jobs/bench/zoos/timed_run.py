@@ -1,4 +1,4 @@
-"""One run of a zoo with the time of each step, in a process of its own: `python -m jobs.bench.timed_run`.
+"""One run of a zoo with the time of each step, in a process of its own: `python -m jobs.bench.zoos.timed_run`.
 
 For the benchmarks of whole runs, which measure what comes before the first step and after the last one, too.
 """
@@ -52,7 +52,7 @@ def timed_run(zoo: Path, workdir: Path, num_cpus: int) -> TimedRun:
     """
     times = workdir.with_suffix(".json")
     began = time.time()
-    command = [sys.executable, "-m", "jobs.bench.timed_run", zoo, workdir, num_cpus, times]
+    command = [sys.executable, "-m", "jobs.bench.zoos.timed_run", zoo, workdir, num_cpus, times]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     wall_s = time.time() - began
     if done.returncode or not times.is_file():

@@ -1,4 +1,4 @@
-"""Checkpoints for benchmarks: the shapes of large models with holes for what is not read, and small whole models."""
+"""Checkpoints with the shapes of large models, and holes for what is not read of them."""
 
 import json
 import math
@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from jobs.bench.zoos.generated_zoo import write_tokenizer
 from lorc_core.model.stored.shards import INDEX_FILE
 
 LLAMA_70B: dict[str, Any] = {
@@ -20,15 +18,6 @@ LLAMA_70B: dict[str, Any] = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
     "max_position_embeddings": 8192,
-}
-SMALL: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-    "max_position_embeddings": 128,
 }
 DENSE = ("k_proj.weight", "v_proj.weight")  # what is written; all else are holes
 
@@ -48,7 +37,7 @@ def save_with_holes(directory: Path, num_layers: int) -> int:
     )
     directory.mkdir(parents=True)
     config.save_pretrained(directory)
-    save_tokenizer(directory)
+    write_tokenizer(directory)
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     files: dict[str, str] = {}
@@ -84,24 +73,3 @@ def write_file(path: Path, shapes: dict[str, tuple[int, ...]], generator: torch.
                 dense_bytes += file.write(tensor.view(torch.uint8).numpy().data)
         file.truncate(8 + len(told) + end)
     return dense_bytes
-
-
-def save_small(directory: Path, seed: int) -> None:
-    """A whole model, the smallest that does what large ones do."""
-    torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(directory)
-    save_tokenizer(directory)
-
-
-def save_tokenizer(directory: Path) -> None:
-    """One whose words are numbers."""
-    words = {str(number): number for number in range(SMALL["vocab_size"])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="0"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="0").save_pretrained(directory)
-
-
-def save_text(path: Path, num_words: int) -> None:
-    """Random words of that tokenizer."""
-    words = torch.randint(1, SMALL["vocab_size"], (num_words,), generator=torch.Generator().manual_seed(0))
-    path.write_text(" ".join(str(word) for word in words.tolist()))

@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 
-from jobs.bench.generated_zoo import write_generated_zoo
-from jobs.bench.timed_run import TimedRun, timed_run
-from jobs.bench.units import measure_units
+from jobs.bench.zoos.generated_zoo import write_generated_zoo
+from jobs.bench.zoos.timed_run import TimedRun, timed_run
+from jobs.bench.zoos.units import measure_units
 from jobs.screen.console import console
 from jobs.screen.fitted_table import Column, FittedTable
 from pipeline.costs.order import remaining_seconds
@@ -56,7 +56,7 @@ VARIANTS: Sequence[dict[str, Any]] = (
     {"method": "lorc_q", "kept_fraction": 0.5},
     {"method": "kq_joint", "kept_fraction": [0.5, 0.25]},
 )
-CALIBRATION = {"window_tokens": 256, "num_windows": 8, "batch_size": 4}
+CALIBRATION = {"window_tokens": 256, "num_windows": 8, "batch_size": 4, "allow_rank_deficient": True}
 EVALUATION = {"window_tokens": 256, "num_windows": 8, "batch_size": 4}
 
 

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 import pyarrow.parquet as pq
 
 from jobs.screen.console import console
-from jobs.show_status import clock
+from jobs.show.status import clock
 from lorc_core.errors import ConfigError
 from pipeline.status.status import STATUS_FILE, Failure, read_status
 from pipeline.storage.looking import Look

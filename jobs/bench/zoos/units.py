@@ -22,9 +22,9 @@ import yaml
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jobs.bench.generated_zoo import write_generated_zoo
-from jobs.bench.timed_run import StepTime, TimedRun, timed_run
 from jobs.bench.timing import best_cpu_seconds_of, best_seconds_of, device_line, seconds_of
+from jobs.bench.zoos.generated_zoo import write_generated_zoo
+from jobs.bench.zoos.timed_run import StepTime, TimedRun, timed_run
 from jobs.screen.console import console
 from jobs.screen.fitted_table import Column, FittedTable
 from lorc_core.decomposition import symmetric
@@ -59,6 +59,7 @@ TINY_VARIANTS: tuple[dict[str, Any], ...] = (
     {"method": "kq_joint", "schedule": "fisher", "kept_fraction": 0.5},
 )
 TINY_TEXT = {"window_tokens": 32, "num_windows": 4, "batch_size": 4}
+RANK_DEFICIENT = {"allow_rank_deficient": True}  # so short a text
 # What a worker imports before its first step.
 WORKER_IMPORTS = "import ray, torch; from pipeline.running import work"
 
@@ -139,7 +140,7 @@ def tiny_runs(directory: Path) -> list[TimedRun]:
     """Two runs of a zoo of tiny models on one worker: what is left is what no model is too small for."""
     shapes = {name: TINY | {"num_hidden_layers": depth} for name, depth in DEPTHS.items()}
     zoo = write_generated_zoo(
-        directory / "zoo", "tiny", shapes, TINY_VARIANTS, calibration=TINY_TEXT, evaluation=TINY_TEXT
+        directory / "zoo", "tiny", shapes, TINY_VARIANTS, calibration=TINY_TEXT | RANK_DEFICIENT, evaluation=TINY_TEXT
     )
     return [timed_run(zoo, directory / f"work-{number}", num_cpus=1) for number in range(2)]
 

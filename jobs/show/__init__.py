@@ -1,0 +1,1 @@
+"""What `lorc` tells without changing anything: plans, status, logs, methods, spectra."""
